@@ -1,0 +1,5 @@
+"""`python -m volfs` is the volfs command."""
+
+from volfs.cli import main
+
+main()

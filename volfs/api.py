@@ -1,0 +1,276 @@
+"""The synchronous calls: open, close, attach, detach, a client of the daemon. Usable from any thread.
+
+No event loop and no storage library is loaded into the caller.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import IO, Any
+
+from volfs import control
+from volfs.backends import caller_environment
+from volfs.control import Attach, Attached, Client, Detach, Done, Status, StatusReply, Unmount
+from volfs.errors import ControlError, MountError
+
+CLOSE_SECONDS = 60.0  # for the backend to let go of a volume
+START_SECONDS = 60.0
+IDLE_SECONDS = 300.0  # a daemon started on demand ends when unused for so long
+
+ConnectionInfo = Mapping[str, Any]
+
+
+def open_volume(
+    source: str | ConnectionInfo,
+    mode: str = "rb",
+    buffering: int = -1,
+    *,
+    name: str | None = None,
+    socket_path: str | None = None,
+) -> IO[Any]:
+    """Attach a volume and return what built-in open() returns on its file.
+
+    `source` is a URL ("rbd:pool/image", "iscsi://portal/iqn/lun", ...) or a Cinder connection info; `mode` and
+    `buffering` are open()'s, binary or text. Closing the file, by `close_volume`, `close` or as a context manager,
+    flushes, makes stable what was written, detaches, and returns when the backend has let go of the volume. When
+    no daemon serves this user, one is started. When the process dies, the volume is detached.
+
+    Raises SourceError, VolumeNotFound, BackendError, ControlError, MountError, or what open() raises.
+    """
+    lease = _Lease(source, name, socket_path)
+    try:
+        _check_mounted(lease.attached.path)
+        # FileIO knows binary modes only; the text layer comes on top, as in open().
+        raw = _VolumeIO(lease.attached.path, mode.replace("t", "").replace("b", ""), lease)
+    except BaseException:
+        lease.release()
+        raise
+    try:
+        return _wrap(raw, mode, buffering)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def close_volume(file: IO[Any]) -> None:
+    """Close a file of `open_volume`: see there. Harmless when it is closed already; ValueError for another file."""
+    raw = getattr(file, "buffer", file)  # of a text file
+    raw = getattr(raw, "raw", raw)  # of a buffered one
+    if not isinstance(raw, _VolumeIO):
+        raise ValueError(f"{file!r} was not opened by open_volume")
+    file.close()
+
+
+def attach(
+    source: str | ConnectionInfo,
+    name: str | None = None,
+    *,
+    hold: bool = False,
+    socket_path: str | None = None,
+) -> tuple[Attached, Client]:
+    """Attach a volume; returns what it is called now, and the connection. With `hold` it stays as long as that."""
+    client = connect(socket_path)
+    try:
+        url, info = (source, None) if isinstance(source, str) else (None, dict(source))
+        environment = caller_environment(dict(os.environ))
+        request = Attach(source=url, connection_info=info, name=name, hold=hold, environment=environment)
+        return client.call(request, Attached), client
+    except BaseException:
+        client.close()
+        raise
+
+
+def detach(name: str, *, wait: float = 5.0, socket_path: str | None = None) -> None:
+    """Detach a volume by attached name, path or URL; EBUSY when it is still open after `wait` seconds."""
+    with _running(socket_path) as client:
+        client.call(Detach(name=name, wait=wait), Done, timeout=wait + CLOSE_SECONDS)
+
+
+def status(*, socket_path: str | None = None) -> StatusReply:
+    """What the daemon serves. ControlError when there is none."""
+    with _running(socket_path) as client:
+        return client.call(Status(), StatusReply)
+
+
+def unmount(mountpoint: str, *, force: bool = False, timeout: float = 300.0) -> None:
+    """Unmount, and return when everything has reached the backends and the daemon has ended.
+
+    EBUSY while files are open, unless `force`; another error when something could not be flushed. MountError when
+    that is no volfs mount.
+    """
+    with _running(control_of(mountpoint)) as client:
+        process = os.pidfd_open(client.welcome.pid)
+        try:
+            try:
+                client.call(Unmount(force=force), Done, timeout=timeout)
+            finally:
+                client.close()
+            _wait_readable(process, timeout)
+        finally:
+            os.close(process)
+
+
+def control_of(mountpoint: str) -> str:
+    """The control socket of the daemon that serves a mountpoint. MountError when it is none of ours."""
+    return mount_attribute(mountpoint, "control")
+
+
+def mount_attribute(path: str, key: str) -> str:
+    """The extended attribute user.volfs.<key> of a path on a mount. MountError where there is none."""
+    try:
+        return os.fsdecode(os.getxattr(path, f"user.volfs.{key}"))
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise MountError(f"{path}: not on a volfs mount", errno.EINVAL) from exc
+        if exc.errno == errno.ENOTCONN:
+            raise MountError(f"{path}: the volfs daemon of this mount is dead", errno.ENOTCONN) from exc
+        raise MountError(f"{path}: {exc.strerror}", exc.errno) from exc
+
+
+def connect(socket_path: str | None = None) -> Client:
+    """A connection to this user's daemon, which is started when there is none. ControlError."""
+    path = socket_path or control.default_socket()
+    for _ in range(3):  # a daemon may end, idle, just as it is found
+        try:
+            return Client(path)
+        except ControlError as exc:
+            if exc.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
+                raise
+        _start_daemon(path)
+    return Client(path)
+
+
+class _Lease:
+    """An attachment held for one file object, on a connection of its own."""
+
+    def __init__(self, source: str | ConnectionInfo, name: str | None, socket_path: str | None) -> None:
+        self.attached, self._client = attach(source, name, hold=True, socket_path=socket_path)
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._released = False
+
+    def release(self) -> None:
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+        try:
+            if os.getpid() == self._process:  # a forked child must not detach its parent's volume
+                request = Detach(lease=self.attached.lease, wait=CLOSE_SECONDS)
+                self._client.call(request, Done, timeout=2 * CLOSE_SECONDS)
+        finally:
+            self._client.close()
+
+
+class _VolumeIO(io.FileIO):
+    """The raw file under what open_volume returns: closing it, however that is done, makes stable and detaches."""
+
+    def __init__(self, path: str, mode: str, lease: _Lease) -> None:
+        self._lease = lease
+        super().__init__(path, mode)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            try:
+                if self.writable():
+                    os.fsync(self.fileno())
+            finally:
+                super().close()
+        finally:
+            self._lease.release()
+
+
+def _wrap(raw: _VolumeIO, mode: str, buffering: int) -> IO[Any]:
+    """The buffer and text layers that built-in open() would put on the raw file."""
+    binary = "b" in mode
+    if buffering == 0:
+        if not binary:
+            raise ValueError("can't have unbuffered text I/O")
+        return raw
+    size = buffering if buffering > 1 else os.fstat(raw.fileno()).st_blksize
+    buffered: Any
+    if "+" in mode:
+        buffered = io.BufferedRandom(raw, size)
+    elif raw.writable():
+        buffered = io.BufferedWriter(raw, size)
+    else:
+        buffered = io.BufferedReader(raw, size)
+    return buffered if binary else io.TextIOWrapper(buffered)
+
+
+def _check_mounted(path: str) -> None:
+    """Where the mount is gone, its path is an ordinary one: writing there would fill the local disk."""
+    mount_attribute(path, "source")
+
+
+class _running:
+    """A connection to a daemon that must be there already, for a `with` block."""
+
+    def __init__(self, socket_path: str | None) -> None:
+        self._path = socket_path or control.default_socket()
+
+    def __enter__(self) -> Client:
+        self._client = Client(self._path)
+        return self._client
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._client.close()
+
+
+def _start_daemon(path: str) -> None:
+    """Start a daemon at the socket. However many callers race, one does it and the others wait for that."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    mountpoint = path + ".mnt"
+    with open(path + ".start", "w", opener=_open_private) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            Client(path).close()
+            return
+        except ControlError as exc:
+            if exc.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
+                raise
+        try:
+            os.makedirs(mountpoint, mode=0o700, exist_ok=True)
+        except OSError as exc:
+            if exc.errno != errno.ENOTCONN and not isinstance(exc, FileExistsError):  # left by a dead daemon
+                raise
+        command = [sys.executable, "-m", "volfs", "mount", mountpoint, "--daemon"]
+        command += ["--socket", path, "--exit-idle", f"{IDLE_SECONDS:g}"]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=START_SECONDS,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise ControlError(
+                f"a daemon started at {path} was not ready in {START_SECONDS:g} s", errno.ETIMEDOUT
+            ) from exc
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()
+        raise ControlError(f"cannot start a volfs daemon: {reason[-1] if reason else done.returncode}")
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _wait_readable(descriptor: int, timeout: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    if not poll.poll(timeout * 1000):
+        raise ControlError("the volfs daemon has not ended", errno.ETIMEDOUT)

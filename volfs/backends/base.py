@@ -1,0 +1,222 @@
+"""The backend contract: all that a new driver must know. Nothing here knows a driver or FUSE.
+
+A driver is one module with
+
+- a `Source`: what names one of its volumes,
+- a `Settings`: what an operator may say of a backend in volfs.toml,
+- a `Backend`: a place volumes come from; lists, describes and opens them,
+- a `BackendVolume`: one open volume; moves bytes.
+
+Concurrency. Everything runs on the trio loop; any number of tasks may call any method at the same time, except
+`aclose`, which the owner calls once no other call is under way (a second call is harmless). No method blocks the
+loop: blocking libraries are called in threads under a limiter that belongs to the backend, so that a hung backend
+cannot take threads from another.
+
+Errors. Only `VolfsError`s and trio.Cancelled leave a driver: `VolumeNotFound` when what the source names is not
+there, otherwise `BackendError` with the errno and the message of the storage itself.
+
+Deadlines. No call waits longer than the backend's `timeout` for an answer of the storage; then it raises
+`BackendTimeout`. Local devices and files are the exception: Linux offers no way to take back such a request.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import errno
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import msgspec
+import trio
+
+from volfs.errors import BackendError, BackendTimeout
+
+BLOCK_UNIT = 512  # the unit of st_blocks and of SCSI's and the kernel's sector counts
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """What names one volume of a driver. Hashable: equal sources are the same volume.
+
+    A driver whose sources hold secrets hides them from `repr`.
+    """
+
+    driver: ClassVar[str]
+    read_only: bool = False
+
+    @property
+    def url(self) -> str:
+        """The source as the user would write it, without secrets."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The volume's own name: one path component, for attached/<name>."""
+        raise NotImplementedError
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every backend may be told in volfs.toml; drivers add their own. Hashable."""
+
+    timeout: float = 30.0  # seconds the storage may take to answer one request
+    read_only: bool = False
+    resize: bool = False  # truncate(2) to another size is a real resize, not EPERM
+
+    def __repr__(self) -> str:  # they may hold keys and passwords, and logs show reprs
+        return f"{type(self).__name__}(...)"
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A listed directory, such as a pool, a namespace or an iSCSI target."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """A volume as `ls -l` shows it, learnt without opening it."""
+
+    name: str  # of the file in its directory
+    source: Source
+    size: int
+    mtime_ns: int = 0  # stable as long as nobody writes; 0 when the backend does not know
+    allocated: int | None = None  # bytes; None when unknown
+    read_only: bool = False  # a snapshot, or write-protected
+    details: Mapping[str, str] = field(default_factory=dict)  # more for `volfs info` and user.volfs.*
+
+
+Entry = Directory | VolumeInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """What is true of an open volume until `refresh` says otherwise. Sizes in bytes."""
+
+    size: int
+    block_size: int  # the storage's smallest write; any offset and length is accepted all the same
+    writable: bool
+    can_resize: bool = False
+
+
+class BackendVolume(trio.abc.AsyncResource):
+    """One open volume. The caller checks bounds: ranges lie within `properties.size` and are not empty.
+
+    The caller also orders: overlapping writes under way together may land in any order, and a `flush` covers the
+    writes that returned before it was called.
+    """
+
+    properties: Properties
+
+    @abc.abstractmethod
+    async def pread(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes."""
+
+    @abc.abstractmethod
+    async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data`, which stays unchanged until this returns.
+
+        After an error or a cancellation none, some or all of it may be written, even later on; bytes outside the
+        range keep their value.
+        """
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """Return when every finished write is on stable storage. An error tells that some may be lost."""
+
+    @abc.abstractmethod
+    async def refresh(self) -> Properties:
+        """Ask the storage for the size again (it may have been resized elsewhere) and renew `properties`."""
+
+    async def resize(self, size: int) -> None:
+        """Make the volume `size` bytes long and renew `properties`; EOPNOTSUPP where the storage cannot."""
+        raise BackendError("this storage cannot resize a volume", errno.EOPNOTSUPP)
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Flush what was written and let go of the volume: afterwards the storage knows no user of it.
+
+        Always closes; an error (of the flush, as a rule) tells that the data may not be stable. Its waits are
+        shielded from cancellation and end at the backend's timeout.
+        """
+
+
+class Backend(trio.abc.AsyncResource):
+    """A place volumes come from. Made without connecting; the first call that needs the storage connects.
+
+    `name` is the operator's name for it, and its directory below the mountpoint.
+    """
+
+    driver: ClassVar[str]
+    settings_type: ClassVar[type[Settings]]
+    describes: ClassVar[tuple[str, ...]] = ()  # the keys that `describe` may answer
+
+    def __init__(self, name: str, settings: Any) -> None:
+        self.name = name
+        self.settings = settings
+
+    @classmethod
+    @abc.abstractmethod
+    def parse_url(cls, rest: str, environment: Mapping[str, str]) -> Source:
+        """The source that `<driver>:<rest>` names, reached as the caller's environment says. SourceError."""
+
+    @classmethod
+    @abc.abstractmethod
+    def parse_prefix(cls, rest: str, environment: Mapping[str, str]) -> tuple[Settings, tuple[str, ...]]:
+        """What `<driver>:<rest>` names when it is to be mounted or listed: the settings of a backend that shows it,
+        and the path of the directory in that backend that it is. SourceError.
+        """
+
+    @classmethod
+    def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> Source:
+        """The source that a Cinder connection info's `data` names. SourceError."""
+        raise NotImplementedError(f"driver {cls.driver} is registered for no protocol")
+
+    @classmethod
+    @abc.abstractmethod
+    def settings_for(cls, source: Source) -> Settings:
+        """The settings of a backend that serves this source, when the operator configured none that does."""
+
+    @abc.abstractmethod
+    def serves(self, source: Source) -> bool:
+        """Whether the source's volume is reached through this very backend, judged without connecting."""
+
+    @abc.abstractmethod
+    async def list(self, path: Sequence[str]) -> list[Entry]:
+        """The entries of the directory `path` below the backend (() is its top), in any order.
+
+        Leaves nothing behind on the storage: no watcher, no lock, no session. VolumeNotFound when there is no
+        such directory.
+        """
+
+    @abc.abstractmethod
+    async def lookup(self, path: Sequence[str]) -> Entry:
+        """The one entry at `path` (never empty), for a cost that does not grow with its siblings' number."""
+
+    @abc.abstractmethod
+    async def stat(self, source: Source) -> VolumeInfo:
+        """The volume of a source that this backend `serves`; leaves nothing behind, as `list`."""
+
+    async def describe(self, source: Source) -> Mapping[str, str]:
+        """More than `stat` tells, for `volfs info` and user.volfs.*: may cost more, leaves nothing behind either.
+
+        Keys are of `describes`, values are for people. Never a secret.
+        """
+        return (await self.stat(source)).details
+
+    @abc.abstractmethod
+    async def open(self, source: Source, *, writable: bool) -> BackendVolume:
+        """Open the volume; the caller owns what is returned. EROFS if `writable` and the storage cannot."""
+
+    async def aclose(self) -> None:
+        """Let go of connections. Volumes opened here are closed before, by their owners."""
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, doing: str) -> Iterator[None]:
+    """Raise BackendTimeout, saying what was being done, when the block takes longer than `seconds`."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise BackendTimeout(f"{doing}: no answer within {seconds:g} s")

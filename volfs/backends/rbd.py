@@ -1,0 +1,297 @@
+"""Driver `rbd`: Ceph RBD images through librbd, without the kernel's rbd driver.
+
+Directories are pools and namespaces; a snapshot is a read-only file `<image>@<snapshot>` beside its image.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from volfs.backends import rbd_header
+from volfs.backends.base import Backend, Directory, Entry, Settings, Source, VolumeInfo
+from volfs.backends.rbd_cluster import Cluster, ClusterAccess, access_from_environment
+from volfs.backends.rbd_image import RbdImage, open_image
+from volfs.errors import BackendError, SourceError, VolumeNotFound
+
+
+class RbdSource(Source, frozen=True, kw_only=True):
+    """An image or a snapshot of one, and the cluster it is on."""
+
+    driver: ClassVar[str] = "rbd"
+    pool: str
+    namespace: str = ""
+    image: str
+    snapshot: str = ""
+    access: ClusterAccess = ClusterAccess()
+
+    @property
+    def url(self) -> str:
+        return "rbd:" + "/".join(part for part in (self.pool, self.namespace, self.name) if part)
+
+    @property
+    def name(self) -> str:
+        return _file_name(self.image, self.snapshot)
+
+
+class RbdSettings(Settings, frozen=True, kw_only=True):
+    """A backend of driver `rbd`."""
+
+    conf: str | None = None  # ceph.conf; by default CEPH_CONF, or /etc/ceph/<cluster>.conf
+    id: str | None = None  # Ceph user, without "client."
+    cluster: str | None = None
+    keyring: str | None = None
+    key: str | None = None  # in place of a keyring
+    monitors: tuple[str, ...] = ()  # in place of the configuration's
+    arguments: tuple[str, ...] = ()  # further options, as on the command line of `ceph`
+    pools: tuple[str, ...] = ()  # all pools with the rbd application when empty
+
+    def cluster_access(self) -> ClusterAccess:
+        """How the cluster is reached; the environment counts where the settings say nothing at all."""
+        access = ClusterAccess(
+            conf=self.conf,
+            client=self.id,
+            cluster=self.cluster,
+            keyring=self.keyring,
+            key=self.key,
+            monitors=self.monitors,
+            arguments=self.arguments,
+        )
+        return access_from_environment(os.environ) if access == ClusterAccess() else access
+
+
+def _settings(access: ClusterAccess, **more: Any) -> RbdSettings:
+    return RbdSettings(
+        conf=access.conf,
+        id=access.client,
+        cluster=access.cluster,
+        keyring=access.keyring,
+        key=access.key,
+        monitors=access.monitors,
+        arguments=access.arguments,
+        **more,
+    )
+
+
+class RbdBackend(Backend):
+    driver = "rbd"
+    settings_type = RbdSettings
+    describes = ("features", "snapshots", "object_size", "parent", "watchers", "lock_owners")
+    settings: RbdSettings
+
+    def __init__(self, name: str, settings: RbdSettings) -> None:
+        super().__init__(name, settings)
+        self._access = settings.cluster_access()
+        self._cluster = Cluster(self._access, settings.timeout)
+
+    @classmethod
+    def parse_url(cls, rest: str, environment: Mapping[str, str]) -> RbdSource:
+        return RbdSource(**_parse_image(rest, f"rbd:{rest}"), access=access_from_environment(environment))
+
+    @classmethod
+    def parse_prefix(cls, rest: str, environment: Mapping[str, str]) -> tuple[RbdSettings, tuple[str, ...]]:
+        if not re.fullmatch(r"([^/@\0]+(/[^/@\0]+)?)?", rest):
+            raise SourceError(f"rbd:{rest}: expected rbd:POOL[/NAMESPACE], or rbd: for all pools")
+        path = tuple(filter(None, rest.split("/")))
+        return _settings(access_from_environment(environment), pools=path[:1]), path
+
+    @classmethod
+    def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> RbdSource:
+        where = "connection info of type rbd: data."
+        fields = {key: _field(data, key, where) for key in ("cluster_name", "auth_username", "keyring")}
+        monitors = _monitors(data, where)
+        access = access_from_environment(environment)
+        access = ClusterAccess(
+            conf=access.conf,
+            cluster=fields["cluster_name"] or access.cluster,
+            client=fields["auth_username"] or access.client,
+            keyring=access.keyring,
+            key=_key_of(fields["keyring"]),
+            # A configuration that the caller names knows its monitors; Cinder's list may be older.
+            monitors=() if access.conf else monitors,
+        )
+        name = _field(data, "name", where) or ""
+        parsed = _parse_image(name, f"{where}name: {name!r}")
+        return RbdSource(**parsed, access=access, read_only=data.get("access_mode") == "ro")
+
+    @classmethod
+    def settings_for(cls, source: Source) -> RbdSettings:
+        assert isinstance(source, RbdSource)
+        return _settings(source.access)
+
+    def serves(self, source: Source) -> bool:
+        return isinstance(source, RbdSource) and source.access in (self._access, ClusterAccess())
+
+    async def list(self, path: Sequence[str]) -> list[Entry]:
+        if not path:
+            return [Directory(pool) for pool in self.settings.pools or await self._cluster.list_pools()]
+        pool, namespace = self._directory(path)
+        ioctx = await self._cluster.open_pool(pool, namespace)
+        try:
+            return await self._cluster.run(
+                lambda: list(self._scan(ioctx, pool, namespace)), doing=f"list rbd:{'/'.join(path)}"
+            )
+        finally:
+            ioctx.close()
+
+    async def lookup(self, path: Sequence[str]) -> Entry:
+        if len(path) == 1:
+            if self.settings.pools and path[0] not in self.settings.pools:
+                raise VolumeNotFound(f"rbd:{path[0]}: no pool of backend {self.name}")
+            (await self._cluster.open_pool(path[0])).close()
+            return Directory(path[0])
+        pool, namespace = self._directory(path[:-1])
+        image, _, snapshot = path[-1].partition("@")
+        source = RbdSource(
+            pool=pool, namespace=namespace, image=image, snapshot=snapshot, access=self._access
+        )
+        try:
+            return await self.stat(source)
+        except VolumeNotFound:
+            if namespace or snapshot or not await self._has_namespace(pool, path[-1]):
+                raise
+            return Directory(path[-1])
+
+    async def stat(self, source: Source) -> VolumeInfo:
+        assert isinstance(source, RbdSource)
+
+        def find() -> VolumeInfo | None:
+            (header,) = rbd_header.read_headers(ioctx, [rbd_header.read_image_id(ioctx, source.image)])
+            if header is None:
+                raise VolumeNotFound("removed meanwhile")
+            return next((info for info in self._infos(source, header) if info.name == source.name), None)
+
+        ioctx = await self._cluster.open_pool(source.pool, source.namespace)
+        try:
+            info = await self._cluster.run(find, doing=source.url)
+        except VolumeNotFound:
+            raise VolumeNotFound(f"{source.url}: no such image") from None
+        finally:
+            ioctx.close()
+        if info is None:
+            raise VolumeNotFound(f"{source.url}: no such snapshot")
+        return info
+
+    async def describe(self, source: Source) -> Mapping[str, str]:
+        assert isinstance(source, RbdSource)
+        info = await self.stat(source)
+        image = await self.open(source, writable=False)
+        try:
+            return {**info.details, **await image.describe()}
+        finally:
+            await image.aclose()
+
+    async def open(self, source: Source, *, writable: bool) -> RbdImage:
+        assert isinstance(source, RbdSource)
+        if writable and (source.snapshot or source.read_only or self.settings.read_only):
+            raise BackendError(f"{source.url}: read-only", errno.EROFS)
+        return await open_image(
+            self._cluster,
+            pool=source.pool,
+            namespace=source.namespace,
+            image=source.image,
+            snapshot=source.snapshot,
+            writable=writable,
+        )
+
+    async def aclose(self) -> None:
+        await self._cluster.close()
+
+    def _directory(self, path: Sequence[str]) -> tuple[str, str]:
+        """The pool and namespace of a directory's path."""
+        if len(path) > 2 or (self.settings.pools and path[0] not in self.settings.pools):
+            raise VolumeNotFound(f"rbd:{'/'.join(path)}: no such pool or namespace in backend {self.name}")
+        return path[0], path[1] if len(path) == 2 else ""
+
+    async def _has_namespace(self, pool: str, namespace: str) -> bool:
+        ioctx = await self._cluster.open_pool(pool)
+        try:
+            return bool(await self._cluster.run(lambda: _namespace_exists(ioctx, namespace), doing=pool))
+        finally:
+            ioctx.close()
+
+    def _scan(self, ioctx: Any, pool: str, namespace: str) -> Iterator[Entry]:
+        import rbd
+
+        if not namespace:
+            for name in rbd.RBD().namespace_list(ioctx):
+                yield Directory(name)
+        images = [image for image in rbd.RBD().list2(ioctx) if "/" not in image["name"]]
+        headers = rbd_header.read_headers(ioctx, [image["id"] for image in images])
+        for image, header in zip(images, headers, strict=True):
+            if header is not None:  # removed since, or of format 1, which has no id
+                source = RbdSource(pool=pool, namespace=namespace, image=image["name"], access=self._access)
+                yield from self._infos(source, header)
+
+    def _infos(self, source: RbdSource, header: rbd_header.Header) -> Iterator[VolumeInfo]:
+        """The files of one image: itself and its snapshots."""
+        details = {"features": header.feature_names, "snapshots": str(len(header.snapshots))}
+        yield VolumeInfo(
+            name=source.image,
+            source=msgspec.structs.replace(source, snapshot=""),
+            size=header.size,
+            mtime_ns=header.modified_ns,
+            read_only=source.read_only or self.settings.read_only,
+            details=details,
+        )
+        for snapshot in header.snapshots:
+            yield VolumeInfo(
+                name=_file_name(source.image, snapshot.name),
+                source=msgspec.structs.replace(source, snapshot=snapshot.name),
+                size=snapshot.size,
+                mtime_ns=snapshot.created_ns,
+                read_only=True,
+                details={"features": header.feature_names},
+            )
+
+
+def _file_name(image: str, snapshot: str) -> str:
+    return f"{image}@{snapshot}" if snapshot else image
+
+
+def _namespace_exists(ioctx: Any, namespace: str) -> bool:
+    import rbd
+
+    return bool(rbd.RBD().namespace_exists(ioctx, namespace))
+
+
+def _parse_image(text: str, where: str) -> dict[str, Any]:
+    """Split `pool/[namespace/]image[@snapshot]`; `where` begins the message of the SourceError."""
+    name = r"[^/@\0]+"
+    match = re.fullmatch(
+        rf"(?P<pool>{name})/((?P<namespace>{name})/)?(?P<image>{name})(@(?P<snapshot>{name}))?", text
+    )
+    if match is None or {".", ".."} & set(match.groups()):
+        raise SourceError(f"{where}: expected rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT]")
+    return {key: value or "" for key, value in match.groupdict().items()}
+
+
+def _field(data: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = data.get(key)
+    if value is not None and not isinstance(value, str):
+        raise SourceError(f"{where}{key}: expected text, not {type(value).__name__}")
+    return value
+
+
+def _monitors(data: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    hosts, ports = data.get("hosts", []), data.get("ports", [])
+    for key, value in (("hosts", hosts), ("ports", ports)):
+        if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
+            raise SourceError(f"{where}{key}: expected a list of texts")
+    if len(hosts) != len(ports):
+        raise SourceError(f"{where}ports: expected as many as hosts ({len(hosts)}), not {len(ports)}")
+    return tuple(
+        f"[{host}]:{port}" if ":" in str(host) and not str(host).startswith("[") else f"{host}:{port}"
+        for host, port in zip(hosts, ports, strict=True)
+    )
+
+
+def _key_of(keyring: str | None) -> str | None:
+    """The key in a keyring's text, which older Cinder releases pass along."""
+    match = re.search(r"^\s*key\s*=\s*(\S+)", keyring or "", re.MULTILINE)
+    return match.group(1) if match else None

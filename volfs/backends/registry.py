@@ -1,0 +1,50 @@
+"""The backends of one daemon: those of the configuration, and those made for sources that none of them serves."""
+
+from __future__ import annotations
+
+from volfs.backends import backend_class
+from volfs.backends.base import Backend, Settings, Source
+
+
+class Backends:
+    """The configured backends by name, and those made for sources that none of them serves."""
+
+    def __init__(self, configured: dict[str, Backend]) -> None:
+        self.configured = configured
+        self._made: dict[tuple[str, Settings], Backend] = {}
+        self._users: dict[Backend, int] = {}
+
+    def acquire(self, source: Source) -> Backend:
+        """The backend that serves the source. The caller owes one `release`. Connects to nothing."""
+        backend = self._find(source)
+        self.hold(backend)
+        return backend
+
+    def hold(self, backend: Backend) -> None:
+        """Note one more user of the backend, who owes one `release`."""
+        self._users[backend] = self._users.get(backend, 0) + 1
+
+    async def release(self, backend: Backend) -> None:
+        """Give a backend back; one that was made for its sources is closed with the last of them."""
+        self._users[backend] -= 1
+        if self._users[backend]:
+            return
+        del self._users[backend]
+        for key, made in list(self._made.items()):
+            if made is backend:
+                del self._made[key]
+                await backend.aclose()
+
+    async def aclose(self) -> None:
+        for backend in [*self._made.values(), *self.configured.values()]:
+            await backend.aclose()
+
+    def _find(self, source: Source) -> Backend:
+        for backend in self.configured.values():
+            if backend.serves(source):
+                return backend
+        cls = backend_class(source.driver)
+        key = (source.driver, cls.settings_for(source))
+        if key not in self._made:
+            self._made[key] = cls(source.driver, key[1])
+        return self._made[key]

@@ -1,0 +1,272 @@
+"""The volfs command: arguments in, exit codes out. What it does is in the modules a Python program would call.
+
+Exit codes: 0 done; 1 it failed (or `verify` found a difference); 2 the command line, a source or the configuration
+is wrong. Errors are one line on stderr; a traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from volfs.errors import ConfigError, SourceError, VolfsError, error_text
+
+FAILED, WRONG_USE = 1, 2
+CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, source or configuration."
+
+app = typer.Typer(
+    name="volfs",
+    help="Block volumes of Ceph RBD, iSCSI and local storage as regular files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(metavar="SOURCE", help="rbd:POOL/IMAGE, iscsi://PORTAL/IQN/LUN, block:/DEV, file:/PATH"),
+]
+Side = Annotated[
+    str, typer.Argument(help="A source, a path on a volfs mount, a block device or an ordinary file")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
+Socket = Annotated[str | None, typer.Option("--socket", metavar="PATH", help="Control socket of the daemon")]
+Conf = Annotated[str | None, typer.Option("--conf", metavar="PATH", help="Ceph configuration, as CEPH_CONF")]
+Id = Annotated[
+    str | None, typer.Option("--id", metavar="USER", help="Ceph user, as in CEPH_ARGS='--id USER'")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
+
+
+def main() -> None:
+    """Entry point of the volfs command."""
+    try:
+        app()
+    except (SourceError, ConfigError) as exc:
+        _fail(exc, WRONG_USE)
+    except OSError as exc:
+        if isinstance(exc, BrokenPipeError):  # `volfs ls | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(exc, FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command(epilog=f"Example: volfs mount /mnt rbd:volumes --daemon. {CODES}")
+def mount(
+    mountpoint: Annotated[str, typer.Argument(help="An empty directory")],
+    prefixes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCE-PREFIX]...", help="rbd:[POOL], iscsi://PORTAL, block:/DIR, file:/DIR"
+        ),
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="volfs.toml")] = None,
+    options: Annotated[
+        str, typer.Option("-o", metavar="OPTIONS", help="allow_other, ro, uid=, gid=, mode=, read_ahead=")
+    ] = "",
+    daemon: Annotated[bool, typer.Option("--daemon", help="Return when I/O works, and serve on")] = False,
+    socket: Socket = None,
+    exit_idle: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="End when nothing was attached or open for so long"),
+    ] = None,
+    conf: Conf = None,
+    id: Id = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each failed request")] = False,
+    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Show volumes as files below MOUNTPOINT, until unmounted."""
+    from volfs import config as configuration
+    from volfs import mounting
+
+    _ceph_environment(conf, id)
+    settings = configuration.load(config) if config else configuration.Config()
+    settings = configuration.add_prefixes(settings, prefixes or [], os.environ)
+    settings = configuration.add_options(settings, options)
+    what = ", ".join([*settings.backends, "attached"])
+    line = f"{mountpoint}: ready ({what})"
+    if daemon:
+        arguments = [os.path.abspath(mountpoint), *(prefixes or []), *(["-o", options] if options else [])]
+        for option, value in (("--config", config and os.path.abspath(config)), ("--socket", socket)):
+            arguments += [option, value] if value else []
+        arguments += ["--exit-idle", str(exit_idle)] if exit_idle is not None else []
+        mounting.serve_in_background([*arguments, *(["-v"] if verbose else [])], socket)
+        print(line)
+        return
+
+    def ready() -> None:
+        print(line, flush=True)
+        if ready_fd is not None:
+            mounting.tell_parent(ready_fd)
+
+    mounting.log_to_stderr(verbose=verbose)
+    if mounting.serve(settings, mountpoint, socket_path=socket, exit_idle=exit_idle, ready=ready):
+        sys.exit(FAILED)  # the daemon has logged each
+
+
+@app.command(epilog=f"Example: volfs umount /mnt. {CODES}")
+def umount(
+    mountpoint: str,
+    force: Annotated[bool, typer.Option("--force", help="Even while files are open")] = False,
+) -> None:
+    """Unmount, and return when everything has reached the backends."""
+    from volfs import api
+
+    api.unmount(os.path.abspath(mountpoint), force=force)
+
+
+@app.command(epilog=f"Example: volfs attach rbd:volumes/disk-1. {CODES}")
+def attach(
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="What to attach")] = None,
+    connection_info: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A Cinder connection info as JSON, - for stdin")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="File name; by default the volume's own")] = None,
+    hold: Annotated[bool, typer.Option("--hold", help="Stay, and detach when this process ends")] = False,
+    as_json: Json = False,
+    socket: Socket = None,
+    conf: Conf = None,
+    id: Id = None,
+) -> None:
+    """Attach a volume, print its path, and hold it until `volfs detach`. Starts a daemon when there is none."""
+    from volfs import api
+
+    _ceph_environment(conf, id)
+    if (source is None) == (connection_info is None):
+        raise SourceError("attach: expected either a SOURCE or --connection-info")
+    what: Any = source if connection_info is None else _read_json(connection_info)
+    attached, client = api.attach(what, name, hold=hold, socket_path=socket)
+    facts = {key: getattr(attached, key) for key in ("path", "name", "source", "driver", "size")}
+    print(json.dumps(facts) if as_json else attached.path, flush=True)
+    if hold:
+        client.wait_closed(None)  # as long as the user lets us
+    client.close()
+
+
+@app.command(epilog=f"Example: volfs detach disk-1. {CODES}")
+def detach(
+    name: Annotated[str, typer.Argument(help="Attached name, path or source")],
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="For open files to be closed")] = 5.0,
+    socket: Socket = None,
+) -> None:
+    """Detach a volume, and return when its backend has let go of it."""
+    from volfs import api
+
+    api.detach(name, wait=wait, socket_path=socket)
+
+
+@app.command(epilog=f"Example: volfs ls rbd:volumes. {CODES}")
+def ls(
+    what: Annotated[
+        str, typer.Argument(metavar="SOURCE-PREFIX|PATH", help="rbd:[POOL], iscsi://PORTAL, /DIR, ...")
+    ],
+    as_json: Json = False,
+    conf: Conf = None,
+    id: Id = None,
+) -> None:
+    """List volumes, without opening them."""
+    from volfs import report
+
+    _ceph_environment(conf, id)
+    rows = report.listing(what, os.environ)
+    print(json.dumps(rows) if as_json else report.table(rows))
+
+
+@app.command(epilog=f"Example: volfs info rbd:volumes/disk-1. {CODES}")
+def info(
+    what: Annotated[str, typer.Argument(metavar="SOURCE|PATH", help="A source, or a path on a volfs mount")],
+    as_json: Json = False,
+    conf: Conf = None,
+    id: Id = None,
+) -> None:
+    """Tell what is known of a volume."""
+    from volfs import report
+
+    _ceph_environment(conf, id)
+    facts = report.facts(what, os.environ)
+    print(json.dumps(facts) if as_json else report.lines(facts))
+
+
+@app.command(
+    epilog=f"Example: volfs copy rbd:volumes/disk-1 iscsi://san/iqn.2026-01.org.example:disk/1. {CODES}"
+)
+def copy(
+    source: Side,
+    target: Side,
+    verify: Annotated[bool, typer.Option("--verify", help="Read both again and compare")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    conf: Conf = None,
+    id: Id = None,
+) -> None:
+    """Copy a volume's content. The target must be large enough; it is not created, unless it is an ordinary file."""
+    from volfs import endpoint, progress
+
+    _ceph_environment(conf, id)
+    with progress.show("copy", quiet=quiet) as shown:
+        summary = endpoint.copy(source, target, verify=verify, progress=shown)
+    print(json.dumps(summary.as_dict()) if as_json else summary)
+
+
+@app.command(
+    epilog="Example: volfs verify rbd:volumes/disk-1 disk-1.raw. Exit codes: 0 same, 1 different or failed."
+)
+def verify(source: Side, target: Side, quiet: Quiet = False, conf: Conf = None, id: Id = None) -> None:
+    """Compare a volume with its copy, which may be larger."""
+    from volfs import endpoint, progress
+
+    _ceph_environment(conf, id)
+    with progress.show("verify", quiet=quiet) as shown:
+        print(endpoint.verify(source, target, progress=shown))
+
+
+@app.command(epilog=f"Example: volfs status --json. {CODES}")
+def status(as_json: Json = False, socket: Socket = None) -> None:
+    """Tell what the daemon serves."""
+    import msgspec
+
+    from volfs import api, report
+
+    reply = api.status(socket_path=socket)
+    print(msgspec.json.encode(reply).decode() if as_json else report.status(reply))
+
+
+def _ceph_environment(conf: str | None, id: str | None) -> None:
+    """--conf and --id are what CEPH_CONF and CEPH_ARGS say, for this process and those it starts."""
+    if conf:
+        os.environ["CEPH_CONF"] = os.path.abspath(conf)
+    if id:
+        os.environ["CEPH_ARGS"] = f"{os.environ.get('CEPH_ARGS', '')} --id {id}".strip()
+
+
+def _read_json(path: str) -> Any:
+    with _opened(path) as file:
+        try:
+            return json.load(file)
+        except ValueError as exc:
+            raise SourceError(f"{path}: expected a connection info as JSON: {exc}") from exc
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    if path == "-":
+        yield sys.stdin
+    else:
+        with open(path) as file:
+            yield file
+
+
+def _fail(exc: OSError, code: int) -> NoReturn:
+    if not isinstance(exc, BrokenPipeError):
+        print(f"volfs: {error_text(exc)}", file=sys.stderr)
+    sys.exit(code)
+
+
+__all__ = ["VolfsError", "main"]

@@ -1,0 +1,273 @@
+"""The control protocol between clients and the daemon: typed messages, and the client's end. No volume logic.
+
+A stream socket that only its owner may use. Each message is one line of JSON, at most MAX_MESSAGE bytes. The client
+begins with `Hello`, the daemon answers `Welcome`; then each request gets one reply, in order. A connection is what a
+client's leases hang on: when it ends, however it ends, they are given up.
+
+No event loop here, since programs import this through the Python API; the daemon's end is control_server.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from volfs import errors
+from volfs.errors import ControlError, VolfsError
+from volfs.version import VERSION
+
+PROTOCOL = 1
+MAX_MESSAGE = 1 << 20
+TIMEOUT = 60.0  # seconds a client waits for a reply, unless the request is one that waits
+
+
+class Hello(msgspec.Struct, tag=True):
+    """First message of a client."""
+
+    protocol: int = PROTOCOL
+    version: str = VERSION
+
+
+class Attach(msgspec.Struct, tag=True, kw_only=True):
+    """Attach a volume. Exactly one of `source` and `connection_info` is given."""
+
+    source: str | None = None
+    connection_info: dict[str, Any] | None = None
+    name: str | None = None
+    hold: bool = True  # a lease of this connection; else it stays until Detach
+    environment: dict[str, str] = {}
+
+    def __repr__(self) -> str:  # connection infos and environments hold secrets
+        return f"Attach(name={self.name!r})"
+
+
+class Detach(msgspec.Struct, tag=True, kw_only=True):
+    """Give up leases: that of `lease`, or all of the attachment that `name` (or URL, or path) tells.
+
+    Waits up to `wait` seconds for file handles on the volume: with `lease` for those of the client's own process,
+    with `name` for all.
+    """
+
+    lease: int | None = None
+    name: str | None = None
+    wait: float = 5.0
+
+
+class Status(msgspec.Struct, tag=True):
+    """Ask what the daemon serves."""
+
+
+class Unmount(msgspec.Struct, tag=True, kw_only=True):
+    """Unmount, flush and end. Refused with EBUSY while files are open, unless `force`."""
+
+    force: bool = False
+
+
+class Welcome(msgspec.Struct, tag=True, kw_only=True):
+    """First message of the daemon."""
+
+    protocol: int = PROTOCOL
+    version: str = VERSION
+    mountpoint: str
+    pid: int
+
+
+class Attached(msgspec.Struct, tag=True, kw_only=True):
+    """Reply to Attach."""
+
+    name: str
+    path: str
+    source: str
+    driver: str
+    size: int
+    lease: int
+
+
+class AttachedStatus(msgspec.Struct, kw_only=True):
+    """One attachment in a `StatusReply`."""
+
+    name: str
+    source: str
+    size: int
+    leases: int
+    handles: int
+
+
+class OpenStatus(msgspec.Struct, kw_only=True):
+    """One open volume in a `StatusReply`."""
+
+    source: str
+    size: int
+    writable: bool
+    handles: int
+
+
+class StatusReply(msgspec.Struct, tag=True, kw_only=True):
+    """Reply to Status. `backends` maps a name to its driver."""
+
+    pid: int
+    version: str
+    mountpoint: str
+    backends: dict[str, str]
+    attached: list[AttachedStatus]
+    open: list[OpenStatus]
+    clients: int
+
+
+class Done(msgspec.Struct, tag=True):
+    """Reply to Detach and Unmount."""
+
+
+class Failed(msgspec.Struct, tag=True, kw_only=True):
+    """Reply to a request that failed. `kind` is the name of the exception's class."""
+
+    kind: str
+    errno: int
+    message: str
+
+    def error(self) -> VolfsError:
+        """The exception that this reply stands for."""
+        cls = getattr(errors, self.kind, VolfsError)
+        if not (isinstance(cls, type) and issubclass(cls, VolfsError)):
+            cls = VolfsError
+        return cls(self.message, self.errno)
+
+
+Request = Hello | Attach | Detach | Status | Unmount
+Reply = Welcome | Attached | StatusReply | Done | Failed
+R = TypeVar("R", bound=msgspec.Struct)
+
+_request_decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_reply_decoder: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """One line."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def decode_request(line: bytes) -> Request:
+    """ControlError (EPROTO) for anything but a request."""
+    try:
+        return _request_decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ControlError(f"not a request: {exc}", errno.EPROTO) from exc
+
+
+def failure(exc: OSError) -> Failed:
+    """The reply for an exception."""
+    kind = type(exc).__name__ if isinstance(exc, VolfsError) else "VolfsError"
+    return Failed(kind=kind, errno=exc.errno or errno.EIO, message=errors.error_text(exc))
+
+
+def runtime_directory() -> str:
+    """The user's directory for sockets: $XDG_RUNTIME_DIR/volfs, /run/volfs for root, or /tmp/volfs-<uid>."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base:
+        return os.path.join(base, "volfs")
+    return "/run/volfs" if os.geteuid() == 0 else f"/tmp/volfs-{os.geteuid()}"
+
+
+def default_socket() -> str:
+    """Where clients look for their daemon: $VOLFS_SOCKET, else `control` in the runtime directory."""
+    return os.environ.get("VOLFS_SOCKET") or os.path.join(runtime_directory(), "control")
+
+
+class Client:
+    """A client's connection, with blocking calls. One thread at a time.
+
+    Errors of the daemon are raised as the classes of errors.py; ControlError when it is not there (ECONNREFUSED),
+    dies, or speaks another protocol (EPROTO).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._buffer = b""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(TIMEOUT)
+            try:
+                self._socket.connect(path)
+            except OSError as exc:
+                raise ControlError(f"no volfs daemon answers at {path}: {exc.strerror or exc}") from exc
+            uid = peer_credentials(self._socket)[1]
+            if uid not in (0, os.geteuid()):
+                raise ControlError(f"{path} belongs to user {uid}, not to this one or root", errno.EPERM)
+            self.welcome = self.call(Hello(), Welcome)
+            if self.welcome.protocol != PROTOCOL:
+                raise ControlError(
+                    f"the daemon at {path} (volfs {self.welcome.version}) speaks protocol "
+                    f"{self.welcome.protocol}, this volfs {VERSION} protocol {PROTOCOL}: restart the daemon",
+                    errno.EPROTO,
+                )
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def call(self, request: Request, reply: type[R], timeout: float = TIMEOUT) -> R:
+        """Send a request and return its reply, which must be of that type."""
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.sendall(encode(request))
+            answer = self._read_reply(time.monotonic() + timeout)
+        except TimeoutError as exc:
+            raise ControlError(
+                f"the volfs daemon at {self.path} did not answer within {timeout:g} s", errno.ETIMEDOUT
+            ) from exc
+        except OSError as exc:
+            if isinstance(exc, VolfsError):
+                raise
+            raise ControlError(f"the volfs daemon at {self.path} is gone: {exc.strerror}") from exc
+        if isinstance(answer, Failed):
+            raise answer.error()
+        if not isinstance(answer, reply):
+            raise ControlError(
+                f"the daemon at {self.path} sent an unexpected {type(answer).__name__}", errno.EPROTO
+            )
+        return answer
+
+    def close(self) -> None:
+        """End the connection and with it the leases on it. Harmless when done before."""
+        self._socket.close()
+
+    def wait_closed(self, timeout: float | None) -> None:
+        """Return when the daemon has ended the connection. ControlError (ETIMEDOUT) after `timeout` seconds."""
+        self._socket.settimeout(timeout)
+        try:
+            while self._socket.recv(4096):
+                pass
+        except TimeoutError as exc:
+            raise ControlError(f"the volfs daemon at {self.path} has not ended", errno.ETIMEDOUT) from exc
+        except ConnectionError:
+            pass
+
+    def _read_reply(self, deadline: float) -> Reply:
+        while b"\n" not in self._buffer:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            chunk = self._socket.recv(65536)
+            if not chunk:
+                raise ControlError(f"the volfs daemon at {self.path} ended the connection", errno.ECONNRESET)
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        try:
+            return _reply_decoder.decode(line)
+        except msgspec.DecodeError as exc:
+            raise ControlError(
+                f"the daemon at {self.path} sent no reply of ours: {exc}", errno.EPROTO
+            ) from exc
+
+
+class _HasSocketOptions(Protocol):
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+
+
+def peer_credentials(connection: _HasSocketOptions) -> tuple[int, int]:
+    """Process id and user id of the other end, as the kernel vouches (unix(7), SO_PEERCRED)."""
+    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid

@@ -1,0 +1,219 @@
+"""The daemon's end of the control protocol: the socket, who may use it, and the lines of each client."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from volfs.control import (
+    MAX_MESSAGE,
+    Hello,
+    Reply,
+    Request,
+    decode_request,
+    encode,
+    failure,
+    peer_credentials,
+)
+from volfs.errors import ControlError
+
+log = logging.getLogger(__name__)
+
+MAX_CLIENTS = 512  # further ones wait in the socket's backlog
+BACKLOG = 64
+SEND_SECONDS = 10.0  # a client that does not read its reply that long is dropped
+
+
+@dataclass(eq=False)
+class Client:
+    """One client's connection, as the request handler sees it."""
+
+    pid: int
+    leases: set[int] = field(default_factory=set)
+
+
+Handler = Callable[[Client, Request], Awaitable[Reply]]
+Goodbye = Callable[[Client], Awaitable[None]]
+
+
+@contextmanager
+def control_socket(path: str) -> Iterator[socket.socket]:
+    """Bind the control socket, for its owner only, and remove it at the end.
+
+    ControlError (EADDRINUSE) when another daemon serves there. What a killed daemon left behind is replaced: the
+    lock on `<path>.lock`, which the kernel releases with the process, tells the two cases apart.
+    """
+    private_directory(os.path.dirname(path))
+    lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise ControlError(
+                f"another volfs daemon serves {path}; use it, or give this one a socket of its own (--socket)",
+                errno.EADDRINUSE,
+            ) from exc
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(path)
+            except OSError as exc:
+                raise ControlError(
+                    f"{path}: cannot make the control socket: {exc.strerror or exc}", exc.errno
+                ) from exc
+            try:
+                # The directory is ours alone, so nobody can connect before this.
+                os.chmod(path, 0o600)
+                listener.listen(BACKLOG)
+                yield listener
+            finally:
+                os.unlink(path)
+    finally:
+        os.close(lock)
+
+
+def private_directory(path: str) -> None:
+    """Make sure of a directory that only this user can enter. ControlError when it is somebody else's."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        status = os.lstat(path)
+    except OSError as exc:
+        raise ControlError(f"{path}: {exc.strerror}", exc.errno) from exc
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise ControlError(f"{path}: expected a directory of user {os.geteuid()}", errno.EPERM)
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        raise ControlError(
+            f"{path}: others may write there (mode {stat.S_IMODE(status.st_mode):04o})", errno.EPERM
+        )
+
+
+class ControlServer:
+    """Answers clients. Requests of one client come one after the other, those of different clients side by side.
+
+    `handle` answers one request: its OSErrors become replies. `goodbye` is called when a client is gone. A client
+    that sends garbage is told so and dropped.
+    """
+
+    def __init__(self, handle: Handler, goodbye: Goodbye) -> None:
+        self._handle = handle
+        self._goodbye = goodbye
+        self._waiting: set[trio.CancelScope] = set()  # for what `stop` need not wait for
+        self._stopping = False
+        self.stopped = trio.Event()
+        self.clients = 0
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve until `stop`; then return when the requests under way are answered."""
+        acceptor = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
+        slots = trio.Semaphore(MAX_CLIENTS)
+
+        async def serve_one(stream: trio.SocketStream) -> None:
+            self.clients += 1
+            try:
+                await self._serve_client(stream)
+            except trio.BrokenResourceError:
+                pass  # it left without waiting for its reply
+            except Exception:
+                log.exception("control: unexpected error; a bug in volfs")
+            finally:
+                self.clients -= 1
+                slots.release()
+                await trio.aclose_forcefully(stream)
+
+        async with acceptor, trio.open_nursery() as nursery:
+            with self._until_stop():
+                while not self._stopping:
+                    stream = await acceptor.accept()
+                    await slots.acquire()
+                    nursery.start_soon(serve_one, stream)
+        self.stopped.set()
+
+    def stop(self) -> None:
+        """Take no more requests."""
+        self._stopping = True
+        for scope in self._waiting:
+            scope.cancel()
+
+    async def _serve_client(self, stream: trio.SocketStream) -> None:
+        pid, uid = peer_credentials(stream.socket)
+        if uid not in (0, os.geteuid()):
+            log.warning("control: refused user %d (process %d)", uid, pid)
+            return
+        client = Client(pid)
+        greeted = False
+        try:
+            async for line in self._lines(stream):
+                last = False
+                try:
+                    request = decode_request(line)
+                    if not greeted and not isinstance(request, Hello):
+                        raise ControlError("expected Hello first", errno.EPROTO)
+                    greeted = True
+                except ControlError as exc:
+                    reply: Reply = failure(exc)
+                    last = True
+                else:
+                    reply = await self._answer(client, request)
+                with trio.fail_after(SEND_SECONDS):
+                    await stream.send_all(encode(reply))
+                if last:
+                    return
+        except trio.TooSlowError:
+            log.warning("control: process %d does not read its replies; dropped", pid)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._goodbye(client)
+
+    async def _answer(self, client: Client, request: Request) -> Reply:
+        try:
+            return await self._handle(client, request)
+        except OSError as exc:
+            return failure(exc)
+        except Exception as exc:
+            log.exception("control: unexpected error; a bug in volfs")
+            return failure(OSError(errno.EIO, f"unexpected error in the daemon: {type(exc).__name__}"))
+
+    async def _lines(self, stream: trio.SocketStream) -> AsyncIterator[bytes]:
+        """The client's lines, without their ends. An endless one ends the connection, as garbage does."""
+        buffer = b""
+        while True:
+            line, newline, rest = buffer.partition(b"\n")
+            if newline:
+                buffer = rest
+                yield line
+                continue
+            if len(buffer) > MAX_MESSAGE:
+                yield b""  # no request, and answered so
+                return
+            chunk = b""
+            with self._until_stop():
+                try:
+                    chunk = await stream.receive_some(65536)
+                except trio.BrokenResourceError:
+                    return
+            if not chunk:
+                return
+            buffer += chunk
+
+    @contextmanager
+    def _until_stop(self) -> Iterator[None]:
+        with trio.CancelScope() as scope:
+            if self._stopping:
+                scope.cancel()
+            self._waiting.add(scope)
+            try:
+                yield
+            finally:
+                self._waiting.discard(scope)

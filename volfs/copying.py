@@ -1,0 +1,205 @@
+"""Copying and comparing volumes: plain reads and writes between two binary file objects, whatever is behind them.
+
+Reading and writing overlap: a thread reads ahead of the caller, who writes. There is no special case for any backend
+here; what a file object can do is found out by asking it.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import queue
+import threading
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import IO, Any
+
+from volfs.errors import CopyError, VolfsError, error_text
+
+BLOCK_SIZE = 4 << 20
+BLOCKS_AHEAD = 4  # read but not yet written; bounds the memory, and more than two hides no more latency
+
+Progress = Callable[[int], None]
+
+
+def copy_volume_data(
+    source_file: IO[bytes],
+    target_file: IO[bytes],
+    size: int,
+    *,
+    block_size: int = BLOCK_SIZE,
+    progress: Progress | None = None,
+    verify: bool = False,
+) -> None:
+    """Copy `size` bytes from where `source_file` stands to where `target_file` stands, and make them stable.
+
+    Works on any two binary file objects: of open_volume, io.BytesIO, os-brick's RBDVolumeIOWrapper. A target that
+    ends before `size` bytes is enlarged if it is an ordinary file, and refused (ENOSPC) before the first byte is
+    written if it is not. `progress` is called in this thread with the number of bytes written so far. With `verify`
+    both are read again, past the page cache, and compared; both must then be seekable and the target readable.
+
+    Raises CopyError with the errno of the cause; its `offset` tells how many bytes had been written, or where the
+    two differ. The position of the files is undefined then. Do not use the files elsewhere meanwhile.
+    """
+    _check(source_file, target_file, size, block_size, verify=verify)
+    start = (source_file.tell(), target_file.tell()) if verify else (0, 0)
+    offset = 0
+    try:
+        with closing(_blocks_ahead(source_file, size, block_size)) as blocks:
+            for block in blocks:
+                _write_all(target_file, block)
+                offset += len(block)
+                if progress is not None:
+                    progress(offset)
+        _make_stable(target_file)
+    except OSError as exc:
+        raise CopyError(
+            f"copy stopped at offset {offset}: {error_text(exc)}", exc.errno, offset=offset
+        ) from exc
+    if verify:
+        for file, position in zip((source_file, target_file), start, strict=True):
+            _forget_cached(file)
+            file.seek(position)
+        compare_volume_data(source_file, target_file, size, block_size=block_size)
+
+
+def compare_volume_data(
+    first_file: IO[bytes],
+    second_file: IO[bytes],
+    size: int,
+    *,
+    block_size: int = BLOCK_SIZE,
+    progress: Progress | None = None,
+) -> None:
+    """Compare `size` bytes of two files from where they stand. CopyError (EILSEQ) at the first offset that differs."""
+    offset = 0
+    try:
+        with (
+            closing(_blocks_ahead(first_file, size, block_size)) as first,
+            closing(_blocks_ahead(second_file, size, block_size)) as second,
+        ):
+            for one, other in zip(first, second, strict=True):
+                if one != other:
+                    offset += next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+                    raise CopyError(f"contents differ at offset {offset}", errno.EILSEQ, offset=offset)
+                offset += len(one)
+                if progress is not None:
+                    progress(offset)
+    except CopyError:
+        raise
+    except OSError as exc:
+        raise CopyError(
+            f"comparison stopped at offset {offset}: {error_text(exc)}", exc.errno, offset=offset
+        ) from exc
+
+
+def file_size(file: IO[bytes]) -> int:
+    """The number of bytes from the beginning of a seekable file to its end; its position stays."""
+    position = file.tell()
+    try:
+        return file.seek(0, os.SEEK_END) or file.tell()  # RBDVolumeIOWrapper.seek returns None
+    finally:
+        file.seek(position)
+
+
+def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, verify: bool) -> None:
+    if size < 0 or block_size <= 0:
+        raise ValueError(f"expected size >= 0 and block_size > 0, not {size} and {block_size}")
+    numbers = _descriptor(source), _descriptor(target)
+    if None not in numbers and os.path.samestat(
+        *(os.fstat(number) for number in numbers if number is not None)
+    ):
+        raise VolfsError("source and target are the same volume", errno.EINVAL)
+    if verify and not (source.seekable() and target.seekable() and target.readable()):
+        raise ValueError("verify=True: expected seekable files, and a target opened for reading too (r+b)")
+    if target.seekable():
+        end = target.tell() + size
+        have = file_size(target)
+        if have < end:
+            # An ordinary file can be enlarged, a volume cannot. Only truncate knows which this is.
+            try:
+                target.truncate(end)
+            except OSError as exc:
+                raise CopyError(
+                    f"the target is too small: {have} bytes, expected at least {end}", errno.ENOSPC
+                ) from exc
+
+
+def _blocks_ahead(file: IO[bytes], size: int, block_size: int) -> Generator[bytes, None, None]:
+    """The next `size` bytes of the file in blocks, read ahead by a thread. Close the iterator to end the thread."""
+    blocks: queue.Queue[bytes | Exception] = queue.Queue(BLOCKS_AHEAD)
+    stop = threading.Event()
+
+    def read() -> None:
+        try:
+            for offset in range(0, size, block_size):
+                if stop.is_set():
+                    return
+                blocks.put(_read_exactly(file, min(block_size, size - offset), offset))
+        except Exception as exc:
+            blocks.put(exc)
+
+    thread = threading.Thread(target=read, name="volfs-read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in range(0, size, block_size):
+            block = blocks.get()
+            if isinstance(block, Exception):
+                raise block
+            yield block
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may be waiting for room in the queue
+            try:
+                blocks.get(timeout=0.05)
+            except queue.Empty:
+                pass
+
+
+def _read_exactly(file: IO[bytes], length: int, offset: int) -> bytes:
+    data = file.read(length)
+    if len(data) == length:
+        return data
+    parts = []
+    missing = length
+    while data:
+        parts.append(data)
+        missing -= len(data)
+        if not missing:
+            return b"".join(parts)
+        data = file.read(missing)
+    raise OSError(errno.ENODATA, f"the source ends at {offset + length - missing}")
+
+
+def _write_all(file: IO[bytes], block: bytes) -> None:
+    written: int | None = file.write(block)
+    if written is None or written == len(block):  # RBDVolumeIOWrapper returns None
+        return
+    rest = memoryview(block)[written:]
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _make_stable(file: IO[bytes]) -> None:
+    file.flush()
+    number = _descriptor(file)
+    if number is not None:
+        try:
+            os.fsync(number)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # a pipe or socket has nothing to make stable
+                raise
+
+
+def _forget_cached(file: IO[bytes]) -> None:
+    number = _descriptor(file)
+    if number is not None:
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _descriptor(file: Any) -> int | None:
+    try:
+        return int(file.fileno())
+    except (AttributeError, io.UnsupportedOperation, OSError):
+        return None

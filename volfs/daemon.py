@@ -1,0 +1,266 @@
+"""The daemon: start and stop order, signals, readiness, and what clients' requests do.
+
+Start: control socket, backends (not connected), mount, main loop, ready. Stop is the start read backwards, with every
+volume flushed and closed before the mount goes; whatever fails then is counted and decides the exit code.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+import trio
+
+from volfs import control
+from volfs.attached import Attachment, Attachments
+from volfs.backends.registry import Backends
+from volfs.config import Config
+from volfs.control_server import Client, ControlServer, control_socket
+from volfs.errors import ControlError, VolfsError, VolumeNotFound
+from volfs.fuse import session
+from volfs.fuse.filesystem import Access, Filesystem
+from volfs.fuse.handles import OpenFile, OpenFiles
+from volfs.fuse.tree import ATTACHED, Tree
+from volfs.source import parse_connection_info, parse_source
+from volfs.version import VERSION
+from volfs.volume import VolumeTable
+
+log = logging.getLogger(__name__)
+
+LAST_REPLIES_SECONDS = 10.0
+
+
+async def run(
+    config: Config, mountpoint: str, socket_path: str, *, exit_idle: float | None, ready: Callable[[], None]
+) -> list[VolfsError]:
+    """Serve `mountpoint` until unmounted or told to stop; returns what could not be flushed or closed.
+
+    `ready` is called when I/O works. With `exit_idle`, ends after that many seconds without a client, an attached
+    or an open volume. MountError, ControlError, ConfigError before that.
+    """
+    session.prepare_mountpoint(mountpoint)
+    with control_socket(socket_path) as listener:
+        daemon = Daemon(config, mountpoint, socket_path)
+        filesystem = daemon.filesystem()
+        try:
+            with session.mounted(filesystem, mountpoint, allow_other=config.mount.allow_other):
+                server = ControlServer(daemon.handle, daemon.goodbye)
+                async with trio.open_nursery() as nursery:
+                    daemon.background = nursery
+                    nursery.start_soon(server.serve, listener)
+                    nursery.start_soon(_stop_on_signal)
+                    nursery.start_soon(_announce, config, mountpoint, ready)
+                    if exit_idle is not None:
+                        nursery.start_soon(daemon.stop_when_idle, exit_idle, server)
+                    try:
+                        await session.serve()
+                    finally:
+                        await daemon.close_volumes()
+                    # Only now may `volfs umount` have its answer.
+                    with trio.move_on_after(LAST_REPLIES_SECONDS):
+                        server.stop()
+                        await server.stopped.wait()
+                    nursery.cancel_scope.cancel()
+        finally:
+            await daemon.backends.aclose()
+        return daemon.errors
+
+
+class Daemon:
+    """What the daemon serves, and the answers to its clients' requests."""
+
+    background: trio.Nursery
+
+    def __init__(self, config: Config, mountpoint: str, socket_path: str) -> None:
+        self._config = config
+        self._mountpoint = mountpoint
+        self._socket_path = socket_path
+        self._configured = config.make_backends()
+        self.backends = Backends(self._configured)
+        self._volumes = VolumeTable(self.backends)
+        self._attachments = Attachments(self.backends)
+        self._files = OpenFiles(self._volumes)
+        self._clients: set[Client] = set()
+        self._closed = trio.Event()
+        self.errors: list[VolfsError] = []
+
+    def filesystem(self) -> Filesystem:
+        mount = self._config.mount
+        access = Access(mount.resolve_uid(), mount.resolve_gid(), mount.resolve_mode(), mount.read_only)
+        tree = Tree(self._configured, self._attachments)
+        return Filesystem(tree, self._volumes, self._files, access, self._socket_path)
+
+    async def close_volumes(self) -> None:
+        """Flush and close all volumes. The main loop has ended, so no request can come."""
+        with trio.CancelScope(shield=True):
+            self.errors = await self._volumes.aclose()
+        for error in self.errors:
+            log.error("not everything reached the backend: %s", error)
+        self._closed.set()
+
+    async def stop_when_idle(self, seconds: float, server: ControlServer) -> None:
+        """Stop when nothing was attached, open or connected for so long."""
+        idle_since = trio.current_time()
+        while (rest := idle_since + seconds - trio.current_time()) > 0:
+            await trio.sleep(rest)
+            if server.clients or len(self._attachments) or any(True for _ in self._volumes):
+                idle_since = trio.current_time()
+        log.info("idle for %g s: stopping", seconds)
+        session.stop()
+
+    async def handle(self, client: Client, request: control.Request) -> control.Reply:
+        match request:
+            case control.Hello():
+                self._clients.add(client)
+                return control.Welcome(mountpoint=self._mountpoint, pid=os.getpid())
+            case control.Attach():
+                return await self._attach(client, request)
+            case control.Detach():
+                return await self._detach(client, request)
+            case control.Status():
+                return self._status()
+            case control.Unmount():
+                return await self._unmount(request)
+
+    async def goodbye(self, client: Client) -> None:
+        """A client is gone: its leases end, each when the last file handle on its volume is closed."""
+        self._clients.discard(client)
+        for lease in client.leases:
+            attachment = self._attachments.give_up(lease)
+            if attachment is not None:
+                self.background.start_soon(self._remove_when_unused, attachment)
+
+    async def _attach(self, client: Client, request: control.Attach) -> control.Attached:
+        if (request.source is None) == (request.connection_info is None):
+            raise ControlError("attach: expected either a source or a connection info", errno.EINVAL)
+        if request.source is not None:
+            source = parse_source(request.source, request.environment)
+        else:
+            source = parse_connection_info(request.connection_info, request.environment)
+        attachment, lease = await self._attachments.attach(source, request.name)
+        if request.hold:
+            client.leases.add(lease)
+        info = attachment.info
+        return control.Attached(
+            name=attachment.name,
+            path=os.path.join(self._mountpoint, ATTACHED, attachment.name),
+            source=info.source.url,
+            driver=info.source.driver,
+            size=info.size,
+            lease=lease,
+        )
+
+    async def _detach(self, client: Client, request: control.Detach) -> control.Done:
+        if request.lease is not None:
+            attachment = self._attachments.of_lease(request.lease)
+            if attachment is None or request.lease not in client.leases:
+                raise VolumeNotFound(f"lease {request.lease}: this client holds no such lease")
+            await self._wait_for_handles(attachment, request.wait, client.pid)
+            client.leases.discard(request.lease)
+            self._attachments.give_up(request.lease)
+            if self._handles(attachment):  # of other processes
+                self.background.start_soon(self._remove_when_unused, attachment)
+            else:
+                await self._attachments.remove_unleased(attachment)
+        else:
+            attachment = self._named(request.name or "")
+            await self._wait_for_handles(attachment, request.wait, None)
+            attachment.leases.clear()
+            await self._attachments.remove_unleased(attachment)
+        return control.Done()
+
+    def _named(self, name: str) -> Attachment:
+        directory = os.path.join(self._mountpoint, ATTACHED, "")
+        attachment = self._attachments.find(name.removeprefix(directory))
+        if attachment is None:
+            raise VolumeNotFound(f"{name}: nothing of that name, URL or path is attached")
+        return attachment
+
+    def _handles(self, attachment: Attachment, pid: int | None = None) -> list[OpenFile]:
+        files = self._files.of(attachment.backend, attachment.info.source)
+        return [file for file in files if pid is None or file.pid == pid]
+
+    async def _wait_for_handles(self, attachment: Attachment, seconds: float, pid: int | None) -> None:
+        """Wait for the handles of process `pid`, or all, to be closed. EBUSY after `seconds`.
+
+        close(2) returns before the kernel tells of the release, so even a good client's detach comes early.
+        """
+        source = attachment.info.source
+
+        def released() -> bool:
+            if self._handles(attachment, pid):
+                return False
+            return bool(self._handles(attachment)) or self._volumes.get(attachment.backend, source) is None
+
+        with trio.move_on_after(seconds) as scope:
+            await self._volumes.wait_released(released)
+        if scope.cancelled_caught:
+            pids = sorted({file.pid for file in self._handles(attachment, pid)})
+            raise VolfsError(
+                f"{attachment.name}: still open by process {', '.join(map(str, pids)) or 'unknown'}",
+                errno.EBUSY,
+            )
+
+    async def _remove_when_unused(self, attachment: Attachment) -> None:
+        source = attachment.info.source
+        await self._volumes.wait_released(lambda: self._volumes.get(attachment.backend, source) is None)
+        await self._attachments.remove_unleased(attachment)
+
+    def _status(self) -> control.StatusReply:
+        return control.StatusReply(
+            pid=os.getpid(),
+            version=VERSION,
+            mountpoint=self._mountpoint,
+            backends={name: backend.driver for name, backend in self._configured.items()},
+            attached=[
+                control.AttachedStatus(
+                    name=it.name,
+                    source=it.info.source.url,
+                    size=it.info.size,
+                    leases=len(it.leases),
+                    handles=len(self._handles(it)),
+                )
+                for it in self._attachments
+            ],
+            open=[
+                control.OpenStatus(
+                    source=volume.source.url,
+                    size=volume.properties.size,
+                    writable=volume.properties.writable,
+                    handles=volume.handles,
+                )
+                for volume in self._volumes
+            ],
+            clients=len(self._clients),
+        )
+
+    async def _unmount(self, request: control.Unmount) -> control.Reply:
+        """Unmount and end. The answer comes when all volumes are closed."""
+        try:
+            await trio.to_thread.run_sync(lambda: session.unmount(self._mountpoint, lazy=False))
+        except OSError as exc:
+            if not request.force:
+                sources = ", ".join(volume.source.url for volume in self._volumes)
+                raise VolfsError(f"{exc}; open: {sources or 'a directory'}", errno.EBUSY) from exc
+            session.stop()
+        await self._closed.wait()
+        if self.errors:
+            return control.failure(self.errors[0])
+        return control.Done()
+
+
+async def _announce(config: Config, mountpoint: str, ready: Callable[[], None]) -> None:
+    await session.wait_ready(mountpoint, ATTACHED)
+    if config.mount.read_ahead:
+        session.set_read_ahead(mountpoint, config.mount.read_ahead)
+    ready()
+
+
+async def _stop_on_signal() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            session.stop()

@@ -1,0 +1,113 @@
+"""Copying and comparing between two named sides: sources, paths on a mount, block devices, ordinary files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import IO
+
+from volfs.api import mount_attribute, open_volume
+from volfs.copying import compare_volume_data, copy_volume_data, file_size
+from volfs.errors import CopyError, MountError, VolfsError
+from volfs.source import is_url
+
+Shown = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a copy or comparison did. `size` in bytes, `seconds` of wall time."""
+
+    source: str
+    target: str
+    size: int
+    seconds: float
+    verified: bool
+
+    def __str__(self) -> str:
+        rate = self.size / max(self.seconds, 1e-6) / 1e6
+        done = "compared: identical" if self.verified else "copied"
+        return f"{self.source} -> {self.target}: {self.size} bytes {done} in {self.seconds:.1f} s ({rate:.0f} MB/s)"
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An open side. `size` in bytes, when it was opened; `ordinary`: a file whose size follows what is written."""
+
+    name: str
+    file: IO[bytes]
+    size: int
+    ordinary: bool
+
+
+def copy(source: str, target: str, *, verify: bool = False, progress: Shown | None = None) -> Summary:
+    """Copy all of `source` over the beginning of `target`. Errors as copy_volume_data and open_volume."""
+    start = time.monotonic()
+    with open_endpoint(source) as from_side, open_endpoint(target, writable=True) as to_side:
+        size = from_side.size
+        copy_volume_data(
+            from_side.file, to_side.file, size, verify=verify, progress=_with_total(progress, size)
+        )
+        if to_side.ordinary:
+            os.ftruncate(
+                to_side.file.fileno(), size
+            )  # what an older, longer file had behind it is not the volume's
+    return Summary(source, target, size, time.monotonic() - start, verify)
+
+
+def verify(source: str, target: str, *, progress: Shown | None = None) -> Summary:
+    """Compare all of `source` with as much of `target`. CopyError (EILSEQ) where they differ."""
+    start = time.monotonic()
+    with open_endpoint(source) as one, open_endpoint(target) as other:
+        if other.size < one.size:
+            raise CopyError(
+                f"{target} has {other.size} bytes, {source} has {one.size}", errno.EILSEQ, offset=other.size
+            )
+        compare_volume_data(one.file, other.file, one.size, progress=_with_total(progress, one.size))
+    return Summary(source, target, one.size, time.monotonic() - start, verified=True)
+
+
+@contextmanager
+def open_endpoint(text: str, *, writable: bool = False) -> Iterator[Endpoint]:
+    """Open a side, and close it at the end. An ordinary file that is not there is made when `writable`.
+
+    Nothing is truncated here: a target keeps its content until the first byte is written.
+    """
+    file = open_volume(text, "r+b" if writable else "rb", 0) if is_url(text) else _open_path(text, writable)
+    try:
+        ordinary = not is_url(text) and stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not _on_mount(text)
+        yield Endpoint(text, file, file_size(file), ordinary)
+    finally:
+        file.close()
+
+
+def _open_path(path: str, writable: bool) -> IO[bytes]:
+    try:
+        number = os.open(path, os.O_CLOEXEC | (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY), 0o600)
+    except OSError as exc:
+        raise VolfsError(f"{path}: {exc.strerror}", exc.errno) from exc
+    file = os.fdopen(number, "r+b" if writable else "rb", 0)
+    if not (stat.S_ISREG(os.fstat(number).st_mode) or stat.S_ISBLK(os.fstat(number).st_mode)):
+        file.close()
+        raise VolfsError(f"{path}: expected a file, a volume or a block device", errno.EINVAL)
+    return file
+
+
+def _on_mount(path: str) -> bool:
+    try:
+        mount_attribute(path, "source")
+    except MountError:
+        return False
+    return True
+
+
+def _with_total(progress: Shown | None, total: int) -> Callable[[int], None] | None:
+    return None if progress is None else lambda done: progress(done, total)

@@ -1,0 +1,1 @@
+"""The mount: the only package that imports pyfuse3."""

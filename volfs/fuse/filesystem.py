@@ -1,0 +1,312 @@
+"""The FUSE operations: names, inodes, attributes and errnos, translated between the kernel and the tree.
+
+Each handler runs inside `_errors`, the one place where exceptions become errnos: pyfuse3 ends its main loop, and
+with it every volume, for anything else that escapes. The choice of errnos is design.md's: what would change
+the set of volumes or their names is EPERM.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
+
+import pyfuse3
+
+from volfs.backends.base import BLOCK_UNIT
+from volfs.errors import BackendError, VolfsError, VolumeNotFound
+from volfs.fuse import xattrs
+from volfs.fuse.handles import OpenFiles
+from volfs.fuse.tree import AttachedNode, Node, Tree, VolumeNode
+from volfs.volume import VolumeTable
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 1.0  # seconds the kernel may believe names and attributes; an open asks again in any case
+PREFERRED_IO = 128 * 1024  # st_blksize: the buffer that cp, cat and Python's open() choose
+NAME_MAX = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Whom the files belong to and who may use them; the kernel enforces it (default_permissions)."""
+
+    uid: int
+    gid: int
+    mode: int  # of a volume that may be written; directories get x where this has r
+    read_only: bool
+
+
+class Filesystem(pyfuse3.Operations):
+    """The handlers. Many run at once, each in a task of its own, on the trio loop."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False  # with it, errors of the backend would come long after the write
+
+    def __init__(
+        self, tree: Tree, volumes: VolumeTable, files: OpenFiles, access: Access, control: str
+    ) -> None:
+        super().__init__()
+        self._tree = tree
+        self._volumes = volumes
+        self._files = files
+        self._access = access
+        self._control = control  # the control socket's path, for clients that know only the mountpoint
+        self._listings: dict[int, list[tuple[str, Node]]] = {}
+        self._listing_numbers = itertools.count(1)
+
+    # Names
+
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        with _errors("lookup"):
+            parent = self._tree.node(parent_inode)
+            node = await self._tree.lookup(parent, os.fsdecode(name))
+            self._tree.remember(node)
+            attributes = self._attributes(node)
+            if isinstance(parent, AttachedNode):
+                attributes.entry_timeout = 0  # a detached name is gone at once
+            return attributes
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for inode, lookups in inode_list:
+            self._tree.forget(inode, lookups)
+
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        with _errors("opendir"):
+            number = next(self._listing_numbers)
+            self._listings[number] = await self._tree.list(self._tree.node(inode))
+            return number
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        with _errors("readdir"):
+            for position, (name, node) in enumerate(self._listings[fh][start_id:], start_id + 1):
+                if not pyfuse3.readdir_reply(token, os.fsencode(name), self._attributes(node), position):
+                    break
+                self._tree.remember(node)
+
+    async def releasedir(self, fh: int) -> None:
+        with _errors("releasedir"):
+            self._tree.drop_unknown([node for _, node in self._listings.pop(fh)])
+
+    # Attributes
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        with _errors("getattr"):
+            node = self._tree.node(inode)
+            if isinstance(node, VolumeNode):
+                try:
+                    await self._tree.refresh(node)
+                except VolfsError:
+                    # An open file goes on with what is known, as an unlinked one does elsewhere.
+                    if self._volumes.get(node.backend, node.info.source) is None:
+                        raise
+            return self._attributes(node)
+
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        with _errors("setattr"):
+            node = self._tree.node(inode)
+            now = self._attributes(node)
+            unchanged = (
+                (not fields.update_uid or attr.st_uid == now.st_uid)
+                and (not fields.update_gid or attr.st_gid == now.st_gid)
+                and (not fields.update_mode or stat.S_IMODE(attr.st_mode) == stat.S_IMODE(now.st_mode))
+                # With a size come times as well, which ftruncate(2) sets; alone they are utimensat(2).
+                and (fields.update_size or not (fields.update_mtime or fields.update_atime))
+            )
+            if not unchanged:
+                raise VolfsError(
+                    "owner, mode and times of a volume are not the file's to change", errno.EPERM
+                )
+            if fields.update_size:
+                await self._truncate(node, attr.st_size)
+            return self._attributes(node)
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        with _errors("statfs"):
+            # The size is that of the open volumes, and none of it is free: no file can be made here.
+            total = sum(volume.properties.size for volume in self._volumes)
+            data = pyfuse3.StatvfsData()
+            data.f_bsize = data.f_frsize = 4096
+            data.f_blocks = -(-total // 4096)
+            data.f_bfree = data.f_bavail = 0
+            data.f_files = data.f_ffree = data.f_favail = 0
+            data.f_namemax = NAME_MAX
+            return data
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        with _errors("listxattr"):
+            return [os.fsencode(xattrs.PREFIX + name) for name in xattrs.names(self._tree.node(inode))]
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        with _errors("getxattr"):
+            node = self._tree.node(inode)
+            key = os.fsdecode(name).removeprefix(xattrs.PREFIX)
+            if not name.startswith(os.fsencode(xattrs.PREFIX)) or key not in xattrs.names(node):
+                raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+            if isinstance(node, VolumeNode):
+                await self._tree.refresh(node)
+            return os.fsencode(await xattrs.value(node, key, self._files, self._control))
+
+    # Data
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        with _errors("open"):
+            node = self._tree.node(inode)
+            assert isinstance(node, VolumeNode)
+            if self._access.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
+                raise VolfsError("the mount is read-only", errno.EROFS)
+            # O_TRUNC is among the flags and means nothing: the size is the backend's.
+            handle = await self._files.open(node, flags, ctx.pid)
+            if node.size_told != self._size(node):
+                try:
+                    pyfuse3.invalidate_inode(inode, attr_only=True)
+                except FileNotFoundError:  # the kernel asked by a handle of its own and knows no inode yet
+                    pass
+            return pyfuse3.FileInfo(fh=handle, direct_io=bool(flags & os.O_DIRECT), keep_cache=False)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        with _errors("read"):
+            return await self._files[fh].volume.pread(off, size)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        with _errors("write"):
+            return await self._files[fh].write(off, buf)
+
+    async def flush(self, fh: int) -> None:
+        with _errors("flush"):
+            await self._files[fh].close()
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        with _errors("fsync"):
+            await self._files[fh].fsync()
+
+    async def release(self, fh: int) -> None:
+        with _errors("release"):
+            await self._files.release(fh)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        return None
+
+    # What would change names or the set of volumes
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> NoReturn:
+        _refuse()
+
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> NoReturn:
+        _refuse()
+
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> NoReturn:
+        _refuse()
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        _refuse()
+
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        _refuse()
+
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> NoReturn:
+        _refuse()
+
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> NoReturn:
+        _refuse()
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        _refuse()
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        _refuse()
+
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        _refuse()
+
+    # Help
+
+    def _size(self, node: VolumeNode) -> int:
+        volume = self._volumes.get(node.backend, node.info.source)
+        return node.info.size if volume is None else volume.properties.size
+
+    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
+        attributes = pyfuse3.EntryAttributes()
+        attributes.st_ino = node.inode
+        attributes.st_uid, attributes.st_gid = self._access.uid, self._access.gid
+        attributes.entry_timeout = attributes.attr_timeout = TIMEOUT
+        attributes.st_blksize = PREFERRED_IO
+        mode = self._access.mode & ~(0o222 if self._access.read_only else 0)
+        if isinstance(node, VolumeNode):
+            info = node.info
+            attributes.st_mode = stat.S_IFREG | (mode & ~0o222 if info.read_only else mode)
+            attributes.st_nlink = 1
+            attributes.st_size = node.size_told = self._size(node)
+            # 0 for "unknown" would make tar and cp take the volume for one hole.
+            allocated = attributes.st_size if info.allocated is None else info.allocated
+            attributes.st_blocks = -(-allocated // BLOCK_UNIT)
+            attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = info.mtime_ns
+        else:
+            attributes.st_mode = stat.S_IFDIR | (mode & 0o444) | (mode & 0o444) >> 2
+            attributes.st_nlink = 2
+        return attributes
+
+    async def _truncate(self, node: Node, size: int) -> None:
+        assert isinstance(node, VolumeNode)
+        if size == self._size(node):
+            return
+        if not node.backend.settings.resize or self._access.read_only or node.info.read_only:
+            raise VolfsError(f"{node.info.source.url}: its size is the backend's", errno.EPERM)
+        volume = await self._volumes.open(node.backend, node.info.source, writable=True)
+        try:
+            await volume.resize(size)
+        finally:
+            await self._volumes.release(node.backend, node.info.source)
+
+
+@contextmanager
+def _errors(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except pyfuse3.FUSEError:
+        raise
+    except VolumeNotFound as exc:
+        log.debug("%s: %s", operation, exc)
+        raise pyfuse3.FUSEError(errno.ENOENT) from exc
+    except OSError as exc:
+        level = logging.WARNING if isinstance(exc, BackendError) else logging.DEBUG
+        log.log(level, "%s: %s", operation, exc)
+        raise pyfuse3.FUSEError(exc.errno or errno.EIO) from exc
+    except Exception as exc:
+        log.exception("%s: unexpected error; a bug in volfs", operation)
+        raise pyfuse3.FUSEError(errno.EIO) from exc
+
+
+def _refuse() -> NoReturn:
+    raise pyfuse3.FUSEError(errno.EPERM)

@@ -1,0 +1,169 @@
+"""What the directories of the mount show: which inode is which backend, directory or volume.
+
+Knows no FUSE type; fuse/filesystem.py translates. Asks backends to list and stat, never to open.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from volfs.attached import Attachments
+from volfs.backends.base import Backend, Directory, Entry, Source, VolumeInfo
+from volfs.errors import VolumeNotFound
+
+ROOT_INODE = 1
+ATTACHED = "attached"
+FRESH_SECONDS = 1.0  # how long what a backend told of a volume is believed
+LONG_AGO = float("-inf")
+
+
+@dataclass(eq=False)
+class Node:
+    """Something with an inode. `lookups` counts the kernel's references."""
+
+    inode: int
+    lookups: int = 0
+
+
+@dataclass(eq=False)
+class RootNode(Node):
+    """The mountpoint itself: a directory for each backend, and `attached`."""
+
+
+@dataclass(eq=False)
+class AttachedNode(Node):
+    """The directory of the volumes attached on demand."""
+
+
+@dataclass(eq=False, kw_only=True)
+class DirectoryNode(Node):
+    """A backend's top directory, or one below it."""
+
+    backend: Backend
+    path: tuple[str, ...]
+
+
+@dataclass(eq=False, kw_only=True)
+class VolumeNode(Node):
+    """A volume. One inode whatever the path to it, so that the kernel keeps one page cache for it."""
+
+    backend: Backend
+    info: VolumeInfo
+    read_at: float  # of trio's clock
+    size_told: int = -1  # to the kernel
+
+
+Key = tuple[Backend, Source] | tuple[Backend, tuple[str, ...]]
+
+
+class Tree:
+    """All nodes that the kernel knows. Single-threaded, on the trio loop."""
+
+    def __init__(self, configured: dict[str, Backend], attachments: Attachments) -> None:
+        self._configured = configured
+        self._attachments = attachments
+        self._numbers = itertools.count(ROOT_INODE)
+        self.root = RootNode(next(self._numbers))
+        self._attached = AttachedNode(next(self._numbers))
+        self._nodes: dict[int, Node] = {node.inode: node for node in (self.root, self._attached)}
+        self._by_key: dict[Key, Node] = {}
+
+    def node(self, inode: int) -> Node:
+        return self._nodes[inode]
+
+    async def lookup(self, parent: Node, name: str) -> Node:
+        """The child of that name; VolumeNotFound."""
+        match parent:
+            case RootNode() if name == ATTACHED:
+                return self._attached
+            case RootNode() if name in self._configured:
+                return self._directory(self._configured[name], ())
+            case AttachedNode() if (attachment := self._attachments.get(name)) is not None:
+                return self._volume(attachment.backend, attachment.info, LONG_AGO)
+            case DirectoryNode():
+                entry = await parent.backend.lookup((*parent.path, name))
+                return self._of(parent, entry)
+        raise VolumeNotFound(f"{name}: no such volume or directory")
+
+    async def list(self, parent: Node) -> list[tuple[str, Node]]:
+        """The children and their names, sorted, so that positions in the listing mean something."""
+        children: list[tuple[str, Node]] = []
+        match parent:
+            case RootNode():
+                children = [
+                    (name, self._directory(backend, ())) for name, backend in self._configured.items()
+                ]
+                children.append((ATTACHED, self._attached))
+            case AttachedNode():
+                children = [
+                    (it.name, self._volume(it.backend, it.info, LONG_AGO)) for it in self._attachments
+                ]
+            case DirectoryNode():
+                entries = await parent.backend.list(parent.path)
+                children = [(entry.name, self._of(parent, entry)) for entry in entries]
+        return sorted(children, key=lambda child: child[0])
+
+    async def refresh(self, node: VolumeNode) -> VolumeInfo:
+        """What the backend tells of the volume, no older than FRESH_SECONDS."""
+        if trio.current_time() - node.read_at > FRESH_SECONDS:
+            node.info = await node.backend.stat(node.info.source)
+            node.read_at = trio.current_time()
+        return node.info
+
+    def remember(self, node: Node) -> None:
+        """The kernel was told of the node once more."""
+        node.lookups += 1
+
+    def forget(self, inode: int, lookups: int) -> None:
+        """The kernel gave up references; the last one ends the node."""
+        node = self._nodes.get(inode)
+        if node is not None:
+            node.lookups -= lookups
+            self.drop_unknown([node])
+
+    def drop_unknown(self, nodes: Sequence[Node]) -> None:
+        """Let go of nodes that the kernel was never told of, or has forgotten."""
+        for node in nodes:
+            if node.lookups <= 0 and not isinstance(node, RootNode | AttachedNode):
+                self._nodes.pop(node.inode, None)
+                key = self._key(node)
+                if key is not None and self._by_key.get(key) is node:
+                    del self._by_key[key]
+
+    def _of(self, parent: DirectoryNode, entry: Entry) -> Node:
+        if isinstance(entry, Directory):
+            return self._directory(parent.backend, (*parent.path, entry.name))
+        return self._volume(parent.backend, entry, trio.current_time())
+
+    def _directory(self, backend: Backend, path: tuple[str, ...]) -> Node:
+        return self._get((backend, path), lambda inode: DirectoryNode(inode, backend=backend, path=path))
+
+    def _volume(self, backend: Backend, info: VolumeInfo, read_at: float) -> VolumeNode:
+        node = self._get(
+            (backend, info.source),
+            lambda inode: VolumeNode(inode, backend=backend, info=info, read_at=read_at),
+        )
+        assert isinstance(node, VolumeNode)
+        if read_at > node.read_at:
+            node.info, node.read_at = info, read_at
+        return node
+
+    def _get(self, key: Key, make: Callable[[int], Node]) -> Node:
+        node = self._by_key.get(key)
+        if node is None:
+            node = self._by_key[key] = make(next(self._numbers))
+            self._nodes[node.inode] = node
+        return node
+
+    @staticmethod
+    def _key(node: Node) -> Key | None:
+        match node:
+            case DirectoryNode():
+                return node.backend, node.path
+            case VolumeNode():
+                return node.backend, node.info.source
+        return None

@@ -1,0 +1,106 @@
+"""Running the daemon: in this process until it ends, or in the background until it is ready."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import trio
+
+from volfs import control, daemon
+from volfs.config import Config
+from volfs.control_server import private_directory
+from volfs.errors import ConfigError, ControlError, VolfsError
+
+READY = b"ready"
+LOG_FORMAT = "%(asctime)s volfs[%(process)d] %(levelname)s %(message)s"
+
+
+def serve(
+    config: Config,
+    mountpoint: str,
+    *,
+    socket_path: str | None,
+    exit_idle: float | None,
+    ready: Callable[[], None],
+) -> list[VolfsError]:
+    """Mount and serve until unmounted; returns what did not reach the backends. `ready` is called when I/O works.
+
+    MountError, ControlError, ConfigError when it cannot start.
+    """
+    mountpoint = os.path.abspath(mountpoint)
+    path = os.path.abspath(socket_path or control.default_socket())
+    if config.mount.allow_other and config.mount.resolve_mode() & 0o002 and not config.mount.read_only:
+        raise ConfigError("mount.mode: with allow_other, expected a mode that not everybody may write with")
+    try:
+        return trio.run(
+            functools.partial(daemon.run, config, mountpoint, path, exit_idle=exit_idle, ready=ready)
+        )
+    except BaseExceptionGroup as group:
+        # trio's nurseries wrap even a single exception.
+        raise _single(group) from group
+
+
+def serve_in_background(arguments: Sequence[str], socket_path: str | None) -> None:
+    """Start `volfs mount ARGUMENTS` as a process of its own and return when I/O works. ControlError with its reason.
+
+    Its log is `<control socket>.log`. A new process, not a fork: nothing of the caller is left in it.
+    """
+    log_path = os.path.abspath(socket_path or control.default_socket()) + ".log"
+    private_directory(os.path.dirname(log_path))
+    reader, writer = os.pipe()
+    log_number = os.open(
+        log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+    )
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "volfs", "mount", *arguments, "--ready-fd", str(writer)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log_number,
+            pass_fds=(writer,),
+            start_new_session=True,
+            cwd="/",
+        )
+    finally:
+        os.close(writer)
+        os.close(log_number)
+    with os.fdopen(reader, "rb") as pipe:
+        if pipe.read() == READY:
+            process.returncode = 0  # it goes on without us; keep subprocess from warning about that
+            return
+    code = process.wait()
+    with open(log_path) as log_file:
+        lines = [line for line in log_file.read().splitlines() if line]
+    raise ControlError(
+        lines[-1].removeprefix("volfs: ") if lines else f"the daemon ended with status {code}", code
+    )
+
+
+def tell_parent(number: int) -> None:
+    """In the background process: tell `serve_in_background` that I/O works."""
+    os.write(number, READY)
+    os.close(number)
+
+
+def log_to_stderr(*, verbose: bool) -> None:
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=LOG_FORMAT)
+    if not verbose:
+        logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+
+
+def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one exception that matters: ours before others, the first before the rest."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        exc = stack.pop(0)
+        if isinstance(exc, BaseExceptionGroup):
+            stack.extend(exc.exceptions)
+        else:
+            leaves.append(exc)
+    return next((leaf for leaf in leaves if isinstance(leaf, VolfsError)), leaves[0])

@@ -1,0 +1,209 @@
+"""Open volumes: bounds, what is dirty, and one backend open per volume however many handles there are.
+
+Knows drivers only by their contract, and nothing of FUSE, names or clients. Runs on the trio loop, without threads.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from volfs.backends.base import Backend, BackendVolume, Properties, Source
+from volfs.backends.registry import Backends
+from volfs.errors import VolfsError
+
+Key = tuple[Backend, Source]
+
+
+class _Opened:
+    """A backend open and the number of requests under way on it. `with opened as volume:` is one request."""
+
+    def __init__(self, volume: BackendVolume) -> None:
+        self.volume = volume
+        self._requests = 0
+        self._idle: trio.Event | None = None
+
+    def __enter__(self) -> BackendVolume:
+        self._requests += 1
+        return self.volume
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._requests -= 1
+        if not self._requests and self._idle is not None:
+            self._idle.set()
+
+    async def aclose(self) -> None:
+        """Close when the last request is answered; each of them ends by its own deadline."""
+        with trio.CancelScope(shield=True):
+            while self._requests:
+                self._idle = trio.Event()
+                await self._idle.wait()
+            await self.volume.aclose()
+
+
+class Volume:
+    """A volume that handles share. Made and released by a `VolumeTable`.
+
+    Any number of tasks may read and write at once. A write that was lost after it had returned, found out by a
+    flush, concerns every handle: each compares `failures` with the count that it has reported.
+    """
+
+    def __init__(self, source: Source, volume: BackendVolume) -> None:
+        self.source = source
+        self.handles = 0
+        self.failures = 0
+        self.last_failure: VolfsError | None = None
+        self._opened = _Opened(volume)
+        self._written = 0  # writes finished
+        self._flushed = 0  # of these, how many a flush has covered
+
+    @property
+    def properties(self) -> Properties:
+        return self._opened.volume.properties
+
+    async def pread(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes; less only where the volume ends."""
+        length = min(length, self.properties.size - offset)
+        if length <= 0:
+            return b""
+        with self._opened as volume:
+            return await volume.pread(offset, length)
+
+    async def pwrite(self, offset: int, data: bytes) -> int:
+        """Write up to the end and return how much that was; ENOSPC at or past it, as a block device does."""
+        if not data:
+            return 0
+        room = self.properties.size - offset
+        if room <= 0:
+            raise VolfsError(f"{self.source.url}: write at {offset}: past the end", errno.ENOSPC)
+        part = data if len(data) <= room else memoryview(data)[:room]
+        try:
+            with self._opened as volume:
+                await volume.pwrite(offset, part)
+        finally:
+            # Also after an error: some of it may have been written, and wants the flush.
+            self._written += 1
+        return len(part)
+
+    async def flush(self) -> None:
+        """Return when every write that returned before is on stable storage."""
+        written = self._written
+        if self._flushed >= written:
+            return
+        try:
+            with self._opened as volume:
+                await volume.flush()
+        except VolfsError as exc:
+            self.failures += 1
+            self.last_failure = exc
+            raise
+        self._flushed = max(self._flushed, written)
+
+    async def refresh(self) -> Properties:
+        with self._opened as volume:
+            return await volume.refresh()
+
+    async def resize(self, size: int) -> None:
+        with self._opened as volume:
+            await volume.resize(size)
+
+    async def reopen(self, volume: BackendVolume) -> None:
+        """Go on with another backend open, which may write, and close the old one."""
+        old, self._opened = self._opened, _Opened(volume)
+        await old.aclose()
+
+    async def aclose(self) -> None:
+        """Flush and let go. Contract as BackendVolume.aclose."""
+        await self._opened.aclose()
+
+
+class VolumeTable:
+    """The open volumes: a backend open at the first handle, closed at the last; turned writable when one asks."""
+
+    def __init__(self, backends: Backends) -> None:
+        self._backends = backends
+        self._volumes: dict[Key, Volume] = {}
+        self._locks: dict[Key, _CountedLock] = {}
+        self._released = trio.Condition()
+
+    def __iter__(self) -> Iterator[Volume]:
+        return iter(list(self._volumes.values()))
+
+    def get(self, backend: Backend, source: Source) -> Volume | None:
+        return self._volumes.get((backend, source))
+
+    async def open(self, backend: Backend, source: Source, *, writable: bool) -> Volume:
+        """A handle on the volume; the caller owes one `release`. Its size is that of now."""
+        async with self._locked((backend, source)):
+            volume = self.get(backend, source)
+            if volume is None:
+                volume = Volume(source, await backend.open(source, writable=writable))
+                self._volumes[backend, source] = volume
+                self._backends.hold(backend)
+            elif writable and not volume.properties.writable:
+                await volume.reopen(await backend.open(source, writable=True))
+            else:
+                await volume.refresh()
+            volume.handles += 1
+            return volume
+
+    async def release(self, backend: Backend, source: Source) -> None:
+        """Give a handle back. The last one closes the volume, whose error (of the flush) is raised."""
+        with trio.CancelScope(shield=True):
+            async with self._locked((backend, source)):
+                volume = self._volumes[backend, source]
+                volume.handles -= 1
+                try:
+                    if not volume.handles:
+                        await volume.aclose()
+                finally:
+                    if not volume.handles:
+                        del self._volumes[backend, source]
+                        await self._backends.release(backend)
+            async with self._released:
+                self._released.notify_all()
+
+    async def wait_released(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` holds; looked at again whenever a handle was given back. Set a deadline."""
+        async with self._released:
+            while not condition():
+                await self._released.wait()
+
+    async def aclose(self) -> list[VolfsError]:
+        """Close all that is open, side by side, and return what failed. No request may come any more."""
+        errors: list[VolfsError] = []
+
+        async def close(volume: Volume) -> None:
+            try:
+                await volume.aclose()
+            except VolfsError as exc:
+                errors.append(exc)
+
+        async with trio.open_nursery() as nursery:
+            for volume in self._volumes.values():
+                nursery.start_soon(close, volume)
+        self._volumes.clear()
+        return errors
+
+    @asynccontextmanager
+    async def _locked(self, key: Key) -> AsyncIterator[None]:
+        """Opens and closes of one volume come one after the other; those of others do not wait for it."""
+        counted = self._locks.setdefault(key, _CountedLock())
+        counted.users += 1
+        try:
+            async with counted.lock:
+                yield
+        finally:
+            counted.users -= 1
+            if not counted.users:
+                del self._locks[key]
+
+
+@dataclass(slots=True)
+class _CountedLock:
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    users: int = 0  # tasks that hold it or wait for it
