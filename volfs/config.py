@@ -52,7 +52,6 @@ class MountSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What a daemon serves, and how."""
 
-    mountpoint: str | None = None
     mount: MountSettings = MountSettings()
     backends: dict[str, tuple[str, Settings]] = {}  # name: driver and its settings
 
@@ -64,7 +63,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    mountpoint: str | None = None
     mount: MountSettings = MountSettings()
     backends: dict[str, dict[str, Any]] = {}
 
@@ -86,7 +84,7 @@ def load(path: str) -> Config:
         _check_mount(file_settings.mount)
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc}") from exc
-    return Config(mountpoint=file_settings.mountpoint, mount=file_settings.mount, backends=backends)
+    return Config(mount=file_settings.mount, backends=backends)
 
 
 def add_prefixes(config: Config, prefixes: Sequence[str], environment: Mapping[str, str]) -> Config:

@@ -113,6 +113,8 @@ def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, 
         raise VolfsError("source and target are the same volume", errno.EINVAL)
     if verify and not (source.seekable() and target.seekable() and target.readable()):
         raise ValueError("verify=True: expected seekable files, and a target opened for reading too (r+b)")
+    if not target.writable():
+        raise ValueError("expected a target opened for writing (r+b)")
     if target.seekable():
         end = target.tell() + size
         have = file_size(target)

@@ -156,8 +156,10 @@ class Daemon:
     async def _detach(self, client: Client, request: control.Detach) -> control.Done:
         if request.lease is not None:
             attachment = self._attachments.of_lease(request.lease)
-            if attachment is None or request.lease not in client.leases:
+            if request.lease not in client.leases:
                 raise VolumeNotFound(f"lease {request.lease}: this client holds no such lease")
+            if attachment is None:  # `volfs detach` took it away before
+                return control.Done()
             await self._wait_for_handles(attachment, request.wait, client.pid)
             client.leases.discard(request.lease)
             self._attachments.give_up(request.lease)

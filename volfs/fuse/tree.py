@@ -5,6 +5,7 @@ Knows no FUSE type; fuse/filesystem.py translates. Asks backends to list and sta
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import trio
 
 from volfs.attached import Attachments
 from volfs.backends.base import Backend, Directory, Entry, Source, VolumeInfo
-from volfs.errors import VolumeNotFound
+from volfs.errors import VolfsError, VolumeNotFound
 
 ROOT_INODE = 1
 ATTACHED = "attached"
@@ -73,7 +74,11 @@ class Tree:
         self._by_key: dict[Key, Node] = {}
 
     def node(self, inode: int) -> Node:
-        return self._nodes[inode]
+        """The node of an inode that the kernel knows; ESTALE otherwise."""
+        try:
+            return self._nodes[inode]
+        except KeyError:
+            raise VolfsError(f"inode {inode} is not known", errno.ESTALE) from None
 
     async def lookup(self, parent: Node, name: str) -> Node:
         """The child of that name; VolumeNotFound."""
@@ -117,6 +122,10 @@ class Tree:
     def remember(self, node: Node) -> None:
         """The kernel was told of the node once more."""
         node.lookups += 1
+        if node.inode not in self._nodes:  # forgotten while a listing still held it
+            self._nodes[node.inode] = node
+            if (key := self._key(node)) is not None:
+                self._by_key.setdefault(key, node)
 
     def forget(self, inode: int, lookups: int) -> None:
         """The kernel gave up references; the last one ends the node."""
