@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from volfs.errors import ConfigError, SourceError, VolfsError, error_text
+from volfs.errors import ConfigError, SourceError, error_text
 
 FAILED, WRONG_USE = 1, 2
 CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, source or configuration."
@@ -28,10 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-SourceArgument = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="rbd:POOL/IMAGE, iscsi://PORTAL/IQN/LUN, block:/DEV, file:/PATH"),
-]
 Side = Annotated[
     str, typer.Argument(help="A source, a path on a volfs mount, a block device or an ordinary file")
 ]
@@ -63,11 +57,11 @@ def mount(
     mountpoint: Annotated[str, typer.Argument(help="An empty directory")],
     prefixes: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[SOURCE-PREFIX]...", help="rbd:[POOL], iscsi://PORTAL, block:/DIR, file:/DIR"
-        ),
+        typer.Argument(metavar="SOURCE-PREFIX", help="rbd:[POOL], iscsi://PORTAL, block:/DIR, file:/DIR"),
     ] = None,
-    config: Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="volfs.toml")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", metavar="FILE", envvar="VOLFS_CONFIG", help="volfs.toml")
+    ] = None,
     options: Annotated[
         str, typer.Option("-o", metavar="OPTIONS", help="allow_other, ro, uid=, gid=, mode=, read_ahead=")
     ] = "",
@@ -124,7 +118,12 @@ def umount(
 
 @app.command(epilog=f"Example: volfs attach rbd:volumes/disk-1. {CODES}")
 def attach(
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="What to attach")] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SOURCE", help="rbd:POOL/IMAGE, iscsi://PORTAL/IQN/LUN, block:/DEV, file:/PATH"
+        ),
+    ] = None,
     connection_info: Annotated[
         str | None, typer.Option(metavar="FILE", help="A Cinder connection info as JSON, - for stdin")
     ] = None,
@@ -165,17 +164,22 @@ def detach(
 @app.command(epilog=f"Example: volfs ls rbd:volumes. {CODES}")
 def ls(
     what: Annotated[
-        str, typer.Argument(metavar="SOURCE-PREFIX|PATH", help="rbd:[POOL], iscsi://PORTAL, /DIR, ...")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="SOURCE-PREFIX|PATH",
+            help="rbd:[POOL], iscsi://PORTAL, /DIR, ...; by default the mountpoint",
+        ),
+    ] = None,
     as_json: Json = False,
+    socket: Socket = None,
     conf: Conf = None,
     id: Id = None,
 ) -> None:
     """List volumes, without opening them."""
-    from volfs import report
+    from volfs import api, report
 
     _ceph_environment(conf, id)
-    rows = report.listing(what, os.environ)
+    rows = report.listing(what or api.status(socket_path=socket).mountpoint, os.environ)
     print(json.dumps(rows) if as_json else report.table(rows))
 
 
@@ -247,26 +251,16 @@ def _ceph_environment(conf: str | None, id: str | None) -> None:
 
 
 def _read_json(path: str) -> Any:
-    with _opened(path) as file:
-        try:
-            return json.load(file)
-        except ValueError as exc:
-            raise SourceError(f"{path}: expected a connection info as JSON: {exc}") from exc
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    if path == "-":
-        yield sys.stdin
-    else:
+    try:
+        if path == "-":
+            return json.load(sys.stdin)
         with open(path) as file:
-            yield file
+            return json.load(file)
+    except ValueError as exc:
+        raise SourceError(f"{path}: expected a connection info as JSON: {exc}") from exc
 
 
 def _fail(exc: OSError, code: int) -> NoReturn:
     if not isinstance(exc, BrokenPipeError):
         print(f"volfs: {error_text(exc)}", file=sys.stderr)
     sys.exit(code)
-
-
-__all__ = ["VolfsError", "main"]
