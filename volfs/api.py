@@ -262,7 +262,8 @@ def _start_daemon(path: str) -> None:
             ) from exc
     if done.returncode:
         reason = done.stderr.strip().splitlines()
-        raise ControlError(f"cannot start a volfs daemon: {reason[-1] if reason else done.returncode}")
+        text = reason[-1].removeprefix("volfs: ") if reason else f"status {done.returncode}"
+        raise ControlError(f"cannot start a volfs daemon: {text}")
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -41,6 +41,10 @@ def prepare_mountpoint(path: str) -> None:
         raise MountError(f"{path}: expected an empty directory; its files would be hidden", errno.ENOTEMPTY)
     if not os.path.exists("/dev/fuse"):
         raise MountError("/dev/fuse is missing: load the kernel's fuse module (modprobe fuse)", errno.ENODEV)
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError(
+            "/dev/fuse: this user may not open it; root can allow it: chmod 0666 /dev/fuse", errno.EACCES
+        )
 
 
 @contextmanager

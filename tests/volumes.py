@@ -1,0 +1,357 @@
+"""Fresh volumes on any driver, and their bytes as the storage itself has them, past volfs.
+
+`Storage.make(driver, ...)` is the one way to a volume for a test; conftest.py offers it as `make_volume`. What a driver
+needs and is not there is a skip, or a failure where VOLFS_REQUIRE names it.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import os
+import random
+import re
+import secrets
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from services import (
+    MIB,
+    Image,
+    Lun,
+    Services,
+    exists,
+    image,
+    loop,
+    lun,
+    skip_or_fail,
+)
+
+from volfs.backends import backend_class
+from volfs.backends.base import Backend, Source
+from volfs.source import parse_prefix, parse_source
+
+# Every driver, and iSCSI with both sizes of sectors: (name of the variant, driver, how to make a volume).
+VARIANTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("rbd", "rbd", {}),
+    ("iscsi-512", "iscsi", {"sector_size": 512}),
+    ("iscsi-4096", "iscsi", {"sector_size": 4096}),
+    ("block", "block", {}),
+    ("file", "file", {}),
+)
+
+
+def random_bytes(length: int, seed: int = 0) -> bytes:
+    """The same ones for the same seed."""
+    return random.Random(seed).randbytes(length)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(kw_only=True)
+class StoredVolume(abc.ABC):
+    """A volume on its storage. All methods go past volfs."""
+
+    driver: ClassVar[str]
+    size: int
+    prefix: str  # what is mounted to see it in a listing
+    place: tuple[str, ...]  # its path below a backend of that prefix
+    url: str
+    environment: dict[str, str] = field(default_factory=dict, repr=False)  # of a client that uses it
+
+    @property
+    def source(self) -> Source:
+        return parse_source(self.url, self.environment)
+
+    def make_backend(self) -> Backend:
+        """A backend of the prefix. On the trio loop; the caller closes it."""
+        driver, settings, _ = parse_prefix(self.prefix, self.environment)
+        return backend_class(driver)(driver, settings)
+
+    def sha256(self) -> str:
+        return sha256(self.read())
+
+    @abc.abstractmethod
+    def read(self) -> bytes:
+        """All that is stable on the storage."""
+
+    @abc.abstractmethod
+    def write(self, data: bytes, offset: int = 0) -> None: ...
+
+    @abc.abstractmethod
+    def resize(self, size: int) -> None:
+        """In place, as its operator would do; clients that have it open keep it open."""
+
+    @abc.abstractmethod
+    def users(self) -> list[str]:
+        """Who has it open, as the storage tells: a watcher, a session, a process."""
+
+    @abc.abstractmethod
+    def protect(self) -> str:
+        """The URL of a volume with the present content that the storage lets nobody write."""
+
+
+@dataclass(kw_only=True)
+class RbdVolume(StoredVolume):
+    driver = "rbd"
+    image: Image
+
+    def read(self) -> bytes:
+        return self.image.read()
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        self.image.write(data, offset)
+
+    def resize(self, size: int) -> None:
+        run = self.image.services.run
+        run("rbd", "resize", "--no-progress", "--allow-shrink", "--size", f"{size}B", self.image.spec)
+        self.size = size
+
+    def users(self) -> list[str]:
+        return [str(watcher["address"]) for watcher in self.image.watchers()]
+
+    def protect(self) -> str:
+        return self.url + self.image.snapshot("protected")
+
+    def remove(self) -> None:
+        self.image.services.run("rbd", "rm", "--no-progress", self.image.spec)
+
+    def exists(self) -> bool:
+        return exists(self.image)
+
+
+@dataclass(kw_only=True)
+class IscsiVolume(StoredVolume):
+    driver = "iscsi"
+    services: Services = field(repr=False)
+    lun: Lun
+
+    def read(self) -> bytes:
+        return self.lun.backing.read_bytes()
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        write_file(self.lun.backing, data, offset)
+
+    def resize(self, size: int) -> None:
+        # tgtd looks at a file's size when it opens it, and lets go of it only while the LUN is offline.
+        os.truncate(self.lun.backing, size)
+        for change in ("online=0", f"path={self.lun.backing}", "online=1"):
+            self._update(change)
+        self.size = size
+
+    def users(self) -> list[str]:
+        return re.findall(r"Initiator: (\S+)", self._target())
+
+    def protect(self) -> str:
+        self._update("readonly=1")
+        return self.url
+
+    def _update(self, change: str) -> None:
+        (number,) = re.findall(r"^Target (\d+)", self._target())
+        unit = ("--mode", "logicalunit", "--tid", number, "--lun", str(self.lun.number))
+        self.services.run("tgtadm", "--lld", "iscsi", "--op", "update", *unit, "--params", change)
+
+    def _target(self) -> str:
+        """What tgtd tells of the target."""
+        shown = self.services.run("tgtadm", "--lld", "iscsi", "--mode", "target", "--op", "show").decode()
+        targets = re.split(r"^(?=Target \d)", shown, flags=re.MULTILINE)
+        (found,) = (target for target in targets if f": {self.lun.iqn}\n" in target)
+        return found
+
+
+@dataclass(kw_only=True)
+class BlockVolume(StoredVolume):
+    driver = "block"
+    device: Path
+
+    @property
+    def backing(self) -> Path:
+        return Path(Path(f"/sys/block/{self.device.name}/loop/backing_file").read_text().strip())
+
+    def read(self) -> bytes:
+        return self.backing.read_bytes()  # of the disk, so to say; what is not flushed is not there
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        write_file(self.device, data, offset)
+
+    def resize(self, size: int) -> None:
+        os.truncate(self.backing, size)
+        subprocess.run(["losetup", "--set-capacity", self.device], check=True)
+        self.size = size
+
+    def users(self) -> list[str]:
+        return processes_with(self.device)
+
+    def protect(self) -> str:
+        subprocess.run(["blockdev", "--setro", self.device], check=True)
+        return self.url
+
+
+@dataclass(kw_only=True)
+class FileVolume(StoredVolume):
+    driver = "file"
+    path: Path
+    undo: ExitStack = field(repr=False)
+
+    def read(self) -> bytes:
+        return self.path.read_bytes()
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        write_file(self.path, data, offset)
+
+    def resize(self, size: int) -> None:
+        os.truncate(self.path, size)
+        self.size = size
+
+    def users(self) -> list[str]:
+        return processes_with(self.path)
+
+    def protect(self) -> str:
+        if os.geteuid() != 0:
+            skip_or_fail("root", "only root can mount a file read-only")
+        subprocess.run(["mount", "--bind", self.path, self.path], check=True)
+        self.undo.callback(subprocess.run, ["umount", self.path], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", self.path], check=True)
+        return self.url
+
+
+class Storage:
+    """Makes volumes and removes them at the end. `directory` is for those that live on this machine."""
+
+    def __init__(self, request: pytest.FixtureRequest, directory: Path, stack: ExitStack) -> None:
+        self._request = request
+        self._stack = stack
+        self._files = directory / "files"
+        self._devices = directory / "devices"  # links to loop devices, as /dev/<volume group> has them
+        self._loops = directory / "loops"
+        for path in (self._files, self._devices, self._loops):
+            path.mkdir()
+
+    @property
+    def services(self) -> Services:
+        found = self._request.getfixturevalue("services")
+        assert isinstance(found, Services)
+        return found
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a client of the private Ceph, as the user that `rbd` volumes are for."""
+        return ceph_environment(self.services)
+
+    def prefix(self, driver: str) -> str:
+        """What is mounted to see the volumes of a driver that are made here."""
+        match driver:
+            case "rbd":
+                return "rbd:volumes"
+            case "iscsi":
+                return f"iscsi://{self.services.portal}"
+            case "block":
+                return f"block:{self._devices}"
+        return f"file:{self._files}"
+
+    def make(self, driver: str, size: int = 8 * MIB, content: bytes = b"", **options: Any) -> StoredVolume:
+        """A new volume of zeros that begins with `content`.
+
+        `options`: of `services.image` and `services.lun`, and `sector_size` of `services.loop`.
+        """
+        makers: dict[str, Callable[..., StoredVolume]] = {
+            "rbd": self._make_rbd,
+            "iscsi": self._make_iscsi,
+            "block": self._make_block,
+            "file": self._make_file,
+        }
+        made = makers[driver](size, **options)
+        if content:
+            made.write(content)
+        return made
+
+    def _make_rbd(self, size: int, **options: Any) -> RbdVolume:
+        made = self._stack.enter_context(image(self.services, size, **options))
+        return RbdVolume(
+            size=size,
+            prefix=f"rbd:{made.pool}",
+            place=tuple(filter(None, (made.pool, made.namespace, made.name))),
+            url=made.url,
+            environment=self.environment,
+            image=made,
+        )
+
+    def _make_iscsi(self, size: int, **options: Any) -> IscsiVolume:
+        made = self._stack.enter_context(lun(self.services, size, **options))
+        return IscsiVolume(
+            size=size,
+            prefix=self.prefix("iscsi"),
+            place=(made.iqn, str(made.number)),
+            url=made.url,
+            environment=made.environment,
+            services=self.services,
+            lun=made,
+        )
+
+    def _make_block(self, size: int, **options: Any) -> BlockVolume:
+        device = self._stack.enter_context(loop(self._loops, size, **options))
+        link = self._devices / f"device-{secrets.token_hex(4)}"
+        link.symlink_to(device)
+        self._stack.callback(link.unlink)
+        return BlockVolume(
+            size=size,
+            prefix=self.prefix("block"),
+            place=(link.name,),
+            url=f"block:{link}",
+            device=device,
+        )
+
+    def _make_file(self, size: int) -> FileVolume:
+        path = self._files / f"file-{secrets.token_hex(4)}"
+        with path.open("xb") as file:
+            file.truncate(size)
+        self._stack.callback(path.unlink, missing_ok=True)
+        undo = self._stack.enter_context(ExitStack())
+        return FileVolume(
+            size=size,
+            prefix=self.prefix("file"),
+            place=(path.name,),
+            url=f"file:{path}",
+            path=path,
+            undo=undo,
+        )
+
+
+def ceph_environment(services: Services) -> dict[str, str]:
+    """How a client that is not the administrator reaches the private Ceph."""
+    arguments = ["--id", services.user, "--keyring", str(services.keyring)]
+    return {"CEPH_CONF": str(services.ceph_conf), "CEPH_ARGS": shlex.join(arguments)}
+
+
+def write_file(path: Path, data: bytes, offset: int) -> None:
+    """Write and make stable, past a page cache that others may look into."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(descriptor, rest, offset)
+            offset, rest = offset + written, rest[written:]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def processes_with(path: Path) -> list[str]:
+    """The processes, by id, that have a file or device open."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == str(path.resolve()):
+                found.append(link.parts[2])
+        except OSError:  # closed, or ended, meanwhile
+            continue
+    return found
+
