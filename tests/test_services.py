@@ -17,6 +17,7 @@ from services import (
     SCRIPT,
     ImageFactory,
     LoopFactory,
+    Lun,
     LunFactory,
     Services,
     describe,
@@ -204,7 +205,9 @@ def test_beside_another_checkout(services: Services, private: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [DAEMONS, {"ceph-osd"}, {"ceph-mon"}, {"tgtd"}], ids=",".join)
+@pytest.mark.parametrize(
+    "killed", [DAEMONS, {"ceph-osd"}, {"ceph-mon"}, {"tgtd"}], ids=lambda killed: ",".join(sorted(killed))
+)
 def test_start_after_a_crash_keeps_data(private: Path, killed: set[str]) -> None:
     services, data = start(private), os.urandom(4 * MIB)
     name = f"rbd/crash-{len(killed)}-{min(killed)}"
@@ -223,7 +226,7 @@ def test_start_after_a_crash_keeps_data(private: Path, killed: set[str]) -> None
     assert lun.backing.read_bytes()[:MIB] == b"\x5a" * MIB
 
 
-def with_account(lun: object) -> str:
+def with_account(lun: Lun) -> str:
     """QEMU takes the account in the URL only."""
     return lun.url.replace("iscsi://", f"iscsi://{lun.initiator.user}%{lun.initiator.secret}@")
 
