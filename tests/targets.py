@@ -46,7 +46,8 @@ class Tgtd:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            ["tgtd", "-f", "--pid-file", self.directory / "pid", "--iscsi", f"portal={self.portal}"],
+            # It must not outlive tests that are killed.
+            [*["setpriv", "--pdeathsig", "KILL", "tgtd", "-f", "--iscsi"], f"portal={self.portal}"],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -28,7 +28,12 @@ DRIVERS: dict[str, Registration] = {
         "volfs.backends.iscsi",
         "IscsiBackend",
         ("iscsi",),
-        ("LIBISCSI_CHAP_USERNAME", "LIBISCSI_CHAP_PASSWORD"),
+        (
+            "LIBISCSI_CHAP_USERNAME",
+            "LIBISCSI_CHAP_PASSWORD",
+            "LIBISCSI_CHAP_TARGET_USERNAME",
+            "LIBISCSI_CHAP_TARGET_PASSWORD",
+        ),
     ),
     "block": Registration("volfs.backends.block", "BlockBackend", ("local",)),
     "file": Registration("volfs.backends.file", "FileBackend"),

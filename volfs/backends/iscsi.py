@@ -1,0 +1,279 @@
+"""Driver `iscsi`: LUNs of iSCSI targets through libiscsi, without the kernel's initiator and without root.
+
+Directories are targets, files are LUNs by number. To list a target means to log in: it tells of its LUNs only in a
+normal session, which is logged out again at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import re
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import trio
+
+from volfs.backends import iscsi_source
+from volfs.backends.base import Backend, Directory, Entry, Source, VolumeInfo
+from volfs.backends.iscsi_login import Login, discover, log_in
+from volfs.backends.iscsi_session import SenseError, Session
+from volfs.backends.iscsi_source import IscsiSettings, IscsiSource, is_iscsi_name
+from volfs.backends.iscsi_volume import Disk, IscsiVolume, find_disk, list_luns, probe
+from volfs.errors import BackendError, VolfsError, VolumeNotFound
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+THREADS = 4  # for host names to be resolved
+SHORT_SESSIONS = 4  # under way at once, of those that only list or describe
+REMEMBER_SECONDS = 1.0  # `ls -l` asks again for each file that it has just got in the list
+INITIATOR_FILE = Path("/etc/iscsi/initiatorname.iscsi")
+
+
+class IscsiBackend(Backend):
+    """Targets behind portals. Several portals are ways to the same storage, tried in order."""
+
+    driver = "iscsi"
+    settings_type = IscsiSettings
+    describes = ("vendor", "product", "serial", "sector_size", "target", "portal")
+    settings: IscsiSettings
+
+    def __init__(self, name: str, settings: IscsiSettings) -> None:
+        super().__init__(name, settings)
+        self._threads = trio.CapacityLimiter(THREADS)
+        self._short_sessions = trio.CapacityLimiter(SHORT_SESSIONS)
+        self._targets = _Remembered[None, tuple[str, ...]](self._discover)
+        self._disks = _Remembered[IscsiSource, VolumeInfo](self._stat)
+
+    @classmethod
+    def parse_url(cls, rest: str, environment: Mapping[str, str]) -> IscsiSource:
+        return iscsi_source.parse_url(rest, environment)
+
+    @classmethod
+    def parse_prefix(cls, rest: str, environment: Mapping[str, str]) -> tuple[IscsiSettings, tuple[str, ...]]:
+        return iscsi_source.parse_prefix(rest, environment)
+
+    @classmethod
+    def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> IscsiSource:
+        return iscsi_source.parse_connection(data)
+
+    @classmethod
+    def settings_for(cls, source: Source) -> IscsiSettings:
+        assert isinstance(source, IscsiSource)
+        return IscsiSettings(
+            portals=source.portals,
+            chap_username=source.chap_username,
+            chap_password=source.chap_password,
+            mutual_chap_username=source.mutual_chap_username,
+            mutual_chap_password=source.mutual_chap_password,
+        )
+
+    def serves(self, source: Source) -> bool:
+        settings = self.settings
+        return (
+            isinstance(source, IscsiSource)
+            and set(source.portals) <= set(settings.portals)
+            and (not settings.targets or source.iqn in settings.targets)
+            and all(
+                getattr(source, key) in ("", getattr(settings, key))
+                for key in ("chap_username", "chap_password", "mutual_chap_username", "mutual_chap_password")
+            )
+        )
+
+    async def list(self, path: Sequence[str]) -> list[Entry]:
+        if not path:
+            return [Directory(iqn) for iqn in await self._targets.get(None)]
+        iqn = self._target(path)
+        async with self._short_sessions, self._session(self._source(iqn, 0)) as session:
+            infos: list[Entry] = []
+            errors: list[VolfsError] = []
+
+            async def add(number: int, address: int) -> None:
+                try:
+                    disk = await probe(session, address)
+                except VolumeNotFound:  # unmapped since
+                    return
+                except SenseError as exc:  # a broken one does not hide the others; `lookup` tells of it
+                    log.warning("%s", exc)
+                    return
+                except VolfsError as exc:
+                    errors.append(exc)
+                    return
+                if disk is not None:
+                    source = self._source(iqn, number)
+                    infos.append(self._disks.put(source, self._info(source, disk)))
+
+            async with trio.open_nursery() as nursery:
+                for number, address in (await list_luns(session)).items():
+                    nursery.start_soon(add, number, address)
+            if errors:
+                raise errors[0]
+            return infos
+
+    async def lookup(self, path: Sequence[str]) -> Entry:
+        iqn = self._target(path[:1])
+        if len(path) == 1:
+            # One exchange, however many targets there are. (libiscsi cannot ask for a single name.)
+            if iqn not in await self._targets.get(None):
+                raise VolumeNotFound(f"iscsi://{self.settings.portals[0]}: no target {iqn}")
+            return Directory(iqn)
+        if len(path) > 2 or not re.fullmatch(r"0|[1-9]\d{0,4}", path[1], re.ASCII):
+            raise VolumeNotFound(f"{'/'.join(path)}: expected TARGET/LUN")
+        return await self.stat(self._source(iqn, int(path[1])))
+
+    async def stat(self, source: Source) -> VolumeInfo:
+        assert isinstance(source, IscsiSource)
+        return await self._disks.get(source)
+
+    async def open(self, source: Source, *, writable: bool) -> IscsiVolume:
+        assert isinstance(source, IscsiSource)
+        if writable and (source.read_only or self.settings.read_only):
+            raise BackendError(f"{source.url}: read-only", errno.EROFS)
+        async with self._opened(source) as session:
+            disk = await find_disk(session, source.lun)
+            if writable and disk.mode.write_protected:
+                raise BackendError(f"{source.url}: write-protected by the target", errno.EROFS)
+            return IscsiVolume(session, disk, writable=writable, timeout=self.settings.timeout)
+
+    async def _stat(self, source: IscsiSource) -> VolumeInfo:
+        async with self._short_sessions, self._session(source) as session:
+            return self._info(source, await find_disk(session, source.lun))
+
+    async def _discover(self, _: None) -> tuple[str, ...]:
+        if self.settings.targets:
+            return self.settings.targets
+        async with self._short_sessions:
+            login = await self._login(self._source("", 0))
+            names = await discover(login, self.settings.timeout, self._threads)
+        return tuple(dict.fromkeys(filter(is_iscsi_name, names)))
+
+    def _target(self, path: Sequence[str]) -> str:
+        iqn = path[0]
+        if len(path) > 1 or not is_iscsi_name(iqn) or iqn not in (self.settings.targets or (iqn,)):
+            raise VolumeNotFound(f"{'/'.join(path)}: no target of backend {self.name}")
+        return iqn
+
+    def _source(self, iqn: str, lun: int) -> IscsiSource:
+        return IscsiSource(portals=self.settings.portals, iqn=iqn, lun=lun)
+
+    def _info(self, source: IscsiSource, disk: Disk) -> VolumeInfo:
+        return VolumeInfo(
+            name=str(source.lun),
+            source=source,
+            size=disk.size,
+            read_only=source.read_only or self.settings.read_only or disk.mode.write_protected,
+            details={
+                "vendor": disk.vendor,
+                "product": disk.product,
+                "serial": disk.serial,
+                "sector_size": str(disk.block_size),
+                "target": source.iqn,
+                "portal": ", ".join(source.portals),
+            },
+        )
+
+    @asynccontextmanager
+    async def _session(self, source: IscsiSource) -> AsyncIterator[Session]:
+        """A session with the source's target, logged out at the end."""
+        async with self._opened(source) as session:
+            yield session
+            await session.aclose(trio.current_time() + self.settings.timeout)
+
+    @asynccontextmanager
+    async def _opened(self, source: IscsiSource) -> AsyncIterator[Session]:
+        """A session with the source's target, logged out only when the block fails."""
+        settings = self.settings
+        isid = random.getrandbits(24), random.getrandbits(16)
+        login = await self._login(source)
+        session = Session(
+            source.url,
+            partial(log_in, login, source.iqn, isid, settings.timeout, self._threads),
+            timeout=settings.timeout,
+            reconnect_timeout=settings.reconnect_timeout,
+            queue_depth=settings.queue_depth,
+        )
+        await session.start()
+        try:
+            yield session
+        except BaseException:
+            await session.aclose(trio.current_time() + settings.timeout)
+            raise
+
+    async def _login(self, source: IscsiSource) -> Login:
+        settings = self.settings
+        name = settings.initiator_name or await trio.to_thread.run_sync(
+            default_initiator_name, limiter=self._threads
+        )
+        # An account is of one piece: that of the source, or else that of the settings.
+        given: IscsiSource | IscsiSettings = source if source.chap_username else settings
+        mutual: IscsiSource | IscsiSettings = source if source.mutual_chap_username else settings
+        return Login(
+            portals=source.portals,
+            initiator_name=name,
+            username=given.chap_username,
+            password=given.chap_password or await self._read_secret(settings.chap_password_file),
+            target_username=mutual.mutual_chap_username,
+            target_password=mutual.mutual_chap_password
+            or await self._read_secret(settings.mutual_chap_password_file),
+            header_digest=settings.header_digest,
+        )
+
+    async def _read_secret(self, path: str) -> str:
+        """Read at each login: the file may change, and the secret need not stay in memory."""
+        if not path:
+            return ""
+        try:
+            text = await trio.to_thread.run_sync(Path(path).read_text, limiter=self._threads)
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "not text"
+            raise BackendError(f"backend {self.name}: {path}: {reason}", errno.EACCES) from None
+        return text.rstrip("\r\n")
+
+
+class _Remembered(Generic[K, V]):
+    """Answers remembered for REMEMBER_SECONDS; who asks for the same at the same time gets the same answer."""
+
+    def __init__(self, ask: Callable[[K], Awaitable[V]]) -> None:
+        self._ask = ask
+        self._known: dict[K, tuple[float, V]] = {}
+        self._asking: dict[K, trio.Lock] = {}
+
+    def put(self, key: K, value: V) -> V:
+        now = trio.current_time()
+        for old in [old for old, (since, _) in self._known.items() if since + REMEMBER_SECONDS <= now]:
+            del self._known[old]
+        self._known[key] = now, value
+        return value
+
+    async def get(self, key: K) -> V:
+        lock = self._asking.setdefault(key, trio.Lock())
+        try:
+            async with lock:
+                since, value = self._known.get(key, (-REMEMBER_SECONDS, None))
+                if value is not None and trio.current_time() < since + REMEMBER_SECONDS:
+                    return value
+                return self.put(key, await self._ask(key))
+        finally:
+            if not lock.locked():
+                self._asking.pop(key, None)
+
+
+def default_initiator_name() -> str:
+    """The name that open-iscsi gave this machine: the storage maps LUNs to it. Else one made of the host's name."""
+    try:
+        text = INITIATOR_FILE.read_text()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    match = re.search(r"^\s*InitiatorName\s*=\s*(\S+)", text, re.MULTILINE)
+    if match and is_iscsi_name(match[1]):
+        return match[1]
+    host = re.sub(r"[^a-z0-9.-]+", "-", socket.gethostname().lower()).strip("-.")
+    return f"iqn.2026-01.org.volfs:{host or 'localhost'}"
