@@ -19,6 +19,7 @@ from volfs.errors import (
     VolfsError,
     VolumeNotFound,
 )
+from volfs.version import VERSION as __version__
 
 __all__ = [
     "BackendError",

@@ -66,8 +66,8 @@ class Attachments:
             attachment = self.get(name)
             if attachment is None:
                 attachment = self._by_name[name] = Attachment(name, backend, info)
-                backend = self._backends.acquire(source)  # the attachment's own use of it
-            elif attachment.info.source != source or attachment.backend is not backend:
+                self._backends.hold(backend)  # the attachment's own use of it
+            elif attachment.info.source != info.source or attachment.backend is not backend:
                 raise VolfsError(f"attached/{name} is {attachment.info.source.url} already", errno.EEXIST)
         finally:
             await self._backends.release(backend)

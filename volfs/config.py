@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import math
 import os
 import pwd
 import re
@@ -21,6 +22,7 @@ from volfs.source import parse_prefix
 T = TypeVar("T")
 
 RESERVED = "attached"
+ID_END = (1 << 32) - 1  # of user and group numbers; this one means "none" to the kernel
 
 
 class MountSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,7 +66,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     mount: MountSettings = MountSettings()
-    backends: dict[str, dict[str, Any]] = {}
+    backends: dict[str, Any] = {}
 
 
 def load(path: str) -> Config:
@@ -74,7 +76,7 @@ def load(path: str) -> Config:
             text = tomllib.load(file)
     except OSError as exc:
         raise ConfigError(f"{path}: {exc.strerror}", exc.errno) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # also of numbers beyond all measure, and of endless brackets
         raise ConfigError(f"{path}: not TOML: {exc}") from exc
     try:
         file_settings = _convert(text, _File, "")
@@ -109,7 +111,7 @@ def add_options(config: Config, options: str) -> Config:
         if option in ("ro", "rw"):
             values["read_only"] = option == "ro"
         elif key in ("uid", "gid", "mode", "read_ahead") and equals:
-            values[key] = int(value) if value.isdecimal() and key != "mode" else value
+            values[key] = int(value) if re.fullmatch(r"\d{1,18}", value) and key != "mode" else value
         elif option in ("allow_other", "read_only"):
             values[option] = True
         else:
@@ -130,7 +132,7 @@ def _check_mount(mount: MountSettings) -> None:
         raise ConfigError(f"mount.read_ahead: expected 0 to 1 GiB in bytes, not {mount.read_ahead}")
 
 
-def _backend(name: str, table: dict[str, Any], where: str) -> tuple[str, Settings]:
+def _backend(name: str, table: Any, where: str) -> tuple[str, Settings]:
     try:
         check_name(name)
     except SourceError as exc:
@@ -139,12 +141,13 @@ def _backend(name: str, table: dict[str, Any], where: str) -> tuple[str, Setting
         raise ConfigError(
             f"{where}: expected another name; {RESERVED!r} is the directory of attached volumes"
         )
+    table = _convert(table, dict[str, Any], where)
     driver = table.get("driver")
-    if driver not in DRIVERS:
+    if not isinstance(driver, str) or driver not in DRIVERS:
         raise ConfigError(f"{where}.driver: expected one of {', '.join(DRIVERS)}, not {driver!r}")
     rest = {key: value for key, value in table.items() if key != "driver"}
     settings = _convert(rest, backend_class(driver).settings_type, where + ".")
-    if not settings.timeout > 0:
+    if not 0 < settings.timeout < math.inf:
         raise ConfigError(f"{where}.timeout: expected seconds above 0, not {settings.timeout:g}")
     return driver, settings
 
@@ -163,6 +166,8 @@ def _convert(value: Any, kind: type[T], where: str) -> T:
         elif missing := re.fullmatch(r"object missing required field (.*)", text):
             key = ".".join(filter(None, (key, missing[1])))
             text = "missing"
+        elif own := re.fullmatch(r"(\w+): (.*)", text, re.DOTALL):  # of a driver's __post_init__
+            key, text = ".".join(filter(None, (key, own[1]))), own[2]
         place = (where + key).strip(".")
         raise ConfigError(f"{place}: {text}" if place else text) from exc
 
@@ -170,11 +175,10 @@ def _convert(value: Any, kind: type[T], where: str) -> T:
 def _resolve(value: int | str | None, default: int, key: str, look_up: Callable[[str], int]) -> int:
     if value is None:
         return default
-    if isinstance(value, int):
-        return value
     try:
-        return int(value) if value.isdecimal() else look_up(value)
-    except KeyError:
-        raise ConfigError(
-            f"mount.{key}: expected a number or the name of one there is, not {value!r}"
-        ) from None
+        number = int(value) if isinstance(value, int) or value.isdecimal() else look_up(value)
+    except (KeyError, ValueError):
+        number = -1
+    if not 0 <= number < ID_END:
+        raise ConfigError(f"mount.{key}: expected a number or the name of one there is, not {value!r}")
+    return number

@@ -191,9 +191,16 @@ class Client:
         self._buffer = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.settimeout(TIMEOUT)
+            # Not settimeout: then a full backlog would be an error at once, and not a reason to wait (unix(7)).
+            self._socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", round(TIMEOUT), 0)
+            )
             try:
                 self._socket.connect(path)
+            except BlockingIOError as exc:
+                raise ControlError(
+                    f"the volfs daemon at {path} did not answer within {TIMEOUT:g} s", errno.ETIMEDOUT
+                ) from exc
             except OSError as exc:
                 raise ControlError(f"no volfs daemon answers at {path}: {exc.strerror or exc}") from exc
             uid = peer_credentials(self._socket)[1]
@@ -217,6 +224,7 @@ class Client:
             self._socket.sendall(encode(request))
             answer = self._read_reply(time.monotonic() + timeout)
         except TimeoutError as exc:
+            self._socket.close()  # its reply, coming late, would be taken for that to the next request
             raise ControlError(
                 f"the volfs daemon at {self.path} did not answer within {timeout:g} s", errno.ETIMEDOUT
             ) from exc

@@ -8,8 +8,8 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -63,6 +63,10 @@ def control_socket(path: str) -> Iterator[socket.socket]:
                 errno.EADDRINUSE,
             ) from exc
         try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise ControlError(
+                    f"{path}: expected the path of a control socket; something else is there", errno.EEXIST
+                )
             os.unlink(path)
         except FileNotFoundError:
             pass
@@ -135,8 +139,8 @@ class ControlServer:
         async with acceptor, trio.open_nursery() as nursery:
             with self._until_stop():
                 while not self._stopping:
-                    stream = await acceptor.accept()
                     await slots.acquire()
+                    stream = await acceptor.accept()
                     nursery.start_soon(serve_one, stream)
         self.stopped.set()
 
@@ -154,22 +158,23 @@ class ControlServer:
         client = Client(pid)
         greeted = False
         try:
-            async for line in self._lines(stream):
-                last = False
-                try:
-                    request = decode_request(line)
-                    if not greeted and not isinstance(request, Hello):
-                        raise ControlError("expected Hello first", errno.EPROTO)
-                    greeted = True
-                except ControlError as exc:
-                    reply: Reply = failure(exc)
-                    last = True
-                else:
-                    reply = await self._answer(client, request)
-                with trio.fail_after(SEND_SECONDS):
-                    await stream.send_all(encode(reply))
-                if last:
-                    return
+            async with aclosing(self._lines(stream)) as lines:
+                async for line in lines:
+                    last = False
+                    try:
+                        request = decode_request(line)
+                        if not greeted and not isinstance(request, Hello):
+                            raise ControlError("expected Hello first", errno.EPROTO)
+                        greeted = True
+                    except ControlError as exc:
+                        reply: Reply = failure(exc)
+                        last = True
+                    else:
+                        reply = await self._answer(client, request)
+                    with trio.fail_after(SEND_SECONDS):
+                        await stream.send_all(encode(reply))
+                    if last:
+                        return
         except trio.TooSlowError:
             log.warning("control: process %d does not read its replies; dropped", pid)
         finally:
@@ -185,7 +190,7 @@ class ControlServer:
             log.exception("control: unexpected error; a bug in volfs")
             return failure(OSError(errno.EIO, f"unexpected error in the daemon: {type(exc).__name__}"))
 
-    async def _lines(self, stream: trio.SocketStream) -> AsyncIterator[bytes]:
+    async def _lines(self, stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
         """The client's lines, without their ends. An endless one ends the connection, as garbage does."""
         buffer = b""
         while True:

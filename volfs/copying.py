@@ -7,11 +7,12 @@ here; what a file object can do is found out by asking it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import IO, Any
 
@@ -46,10 +47,10 @@ def copy_volume_data(
     start = (source_file.tell(), target_file.tell()) if verify else (0, 0)
     offset = 0
     try:
-        with closing(_blocks_ahead(source_file, size, block_size)) as blocks:
+        with closing(_blocks_ahead(source_file, size, block_size, "source")) as blocks:
             for block in blocks:
-                _write_all(target_file, block)
-                offset += len(block)
+                for written in _write_all(target_file, block):
+                    offset += written
                 if progress is not None:
                     progress(offset)
         _make_stable(target_file)
@@ -73,11 +74,12 @@ def compare_volume_data(
     progress: Progress | None = None,
 ) -> None:
     """Compare `size` bytes of two files from where they stand. CopyError (EILSEQ) at the first offset that differs."""
+    _check_sizes(size, block_size)
     offset = 0
     try:
         with (
-            closing(_blocks_ahead(first_file, size, block_size)) as first,
-            closing(_blocks_ahead(second_file, size, block_size)) as second,
+            closing(_blocks_ahead(first_file, size, block_size, "first file")) as first,
+            closing(_blocks_ahead(second_file, size, block_size, "second file")) as second,
         ):
             for one, other in zip(first, second, strict=True):
                 if one != other:
@@ -104,11 +106,11 @@ def file_size(file: IO[bytes]) -> int:
 
 
 def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, verify: bool) -> None:
-    if size < 0 or block_size <= 0:
-        raise ValueError(f"expected size >= 0 and block_size > 0, not {size} and {block_size}")
+    _check_sizes(size, block_size)
     numbers = _descriptor(source), _descriptor(target)
-    if None not in numbers and os.path.samestat(
-        *(os.fstat(number) for number in numbers if number is not None)
+    if source is target or (
+        None not in numbers
+        and os.path.samestat(*(os.fstat(number) for number in numbers if number is not None))
     ):
         raise VolfsError("source and target are the same volume", errno.EINVAL)
     if verify and not (source.seekable() and target.seekable() and target.readable()):
@@ -122,15 +124,22 @@ def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, 
             # An ordinary file can be enlarged, a volume cannot. Only truncate knows which this is.
             try:
                 target.truncate(end)
+                if _appends(target):
+                    target.truncate(have)  # what is written goes behind what is there
             except OSError as exc:
                 raise CopyError(
                     f"the target is too small: {have} bytes, expected at least {end}", errno.ENOSPC
                 ) from exc
 
 
-def _blocks_ahead(file: IO[bytes], size: int, block_size: int) -> Generator[bytes, None, None]:
+def _check_sizes(size: int, block_size: int) -> None:
+    if size < 0 or block_size <= 0:
+        raise ValueError(f"expected size >= 0 and block_size > 0, not {size} and {block_size}")
+
+
+def _blocks_ahead(file: IO[bytes], size: int, block_size: int, what: str) -> Generator[bytes, None, None]:
     """The next `size` bytes of the file in blocks, read ahead by a thread. Close the iterator to end the thread."""
-    blocks: queue.Queue[bytes | Exception] = queue.Queue(BLOCKS_AHEAD)
+    blocks: queue.Queue[bytes | BaseException] = queue.Queue(BLOCKS_AHEAD)
     stop = threading.Event()
 
     def read() -> None:
@@ -138,8 +147,8 @@ def _blocks_ahead(file: IO[bytes], size: int, block_size: int) -> Generator[byte
             for offset in range(0, size, block_size):
                 if stop.is_set():
                     return
-                blocks.put(_read_exactly(file, min(block_size, size - offset), offset))
-        except Exception as exc:
+                blocks.put(_read_exactly(file, min(block_size, size - offset), offset, what))
+        except BaseException as exc:
             blocks.put(exc)
 
     thread = threading.Thread(target=read, name="volfs-read-ahead", daemon=True)
@@ -147,7 +156,7 @@ def _blocks_ahead(file: IO[bytes], size: int, block_size: int) -> Generator[byte
     try:
         for _ in range(0, size, block_size):
             block = blocks.get()
-            if isinstance(block, Exception):
+            if isinstance(block, BaseException):
                 raise block
             yield block
     finally:
@@ -159,9 +168,9 @@ def _blocks_ahead(file: IO[bytes], size: int, block_size: int) -> Generator[byte
                 pass
 
 
-def _read_exactly(file: IO[bytes], length: int, offset: int) -> bytes:
-    data = file.read(length)
-    if len(data) == length:
+def _read_exactly(file: IO[bytes], length: int, offset: int, what: str) -> bytes:
+    data: bytes | None = file.read(length)
+    if data is not None and len(data) == length:
         return data
     parts = []
     missing = length
@@ -171,16 +180,30 @@ def _read_exactly(file: IO[bytes], length: int, offset: int) -> bytes:
         if not missing:
             return b"".join(parts)
         data = file.read(missing)
-    raise OSError(errno.ENODATA, f"the source ends at {offset + length - missing}")
+    if data is None:
+        raise _would_block()
+    raise OSError(errno.ENODATA, f"the {what} ends at {offset + length - missing}")
 
 
-def _write_all(file: IO[bytes], block: bytes) -> None:
-    written: int | None = file.write(block)
-    if written is None or written == len(block):  # RBDVolumeIOWrapper returns None
-        return
-    rest = memoryview(block)[written:]
+def _write_all(file: IO[bytes], block: bytes) -> Iterator[int]:
+    """Write all of the block; yields how much each call has written."""
+    rest: bytes | memoryview = block  # RBDVolumeIOWrapper takes nothing but bytes
     while rest:
-        rest = rest[file.write(rest) :]
+        written: int | None = file.write(rest)
+        if written is None:
+            # RBDVolumeIOWrapper has written all, a non-blocking raw file nothing.
+            number = _descriptor(file)
+            if number is not None and not os.get_blocking(number):
+                raise _would_block()
+            written = len(rest)
+        if not written:
+            raise OSError(errno.EIO, "the target takes no bytes, and tells no error")
+        yield written
+        rest = memoryview(rest)[written:]
+
+
+def _would_block() -> OSError:
+    return BlockingIOError(errno.EAGAIN, "a non-blocking file is not ready")
 
 
 def _make_stable(file: IO[bytes]) -> None:
@@ -198,6 +221,11 @@ def _forget_cached(file: IO[bytes]) -> None:
     number = _descriptor(file)
     if number is not None:
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _appends(file: IO[bytes]) -> bool:
+    number = _descriptor(file)
+    return number is not None and bool(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_APPEND)
 
 
 def _descriptor(file: Any) -> int | None:

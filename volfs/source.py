@@ -5,6 +5,7 @@ The grammar of each driver's part is the driver's own; this module only finds th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,5 +54,6 @@ def _split(url: str) -> tuple[str, str]:
     driver, colon, rest = url.partition(":")
     if not colon or driver not in DRIVERS:
         schemes = ", ".join(f"{name}:" for name in DRIVERS)
-        raise SourceError(f"{url!r}: not a volume's URL; expected one that begins with {schemes}")
+        shown = re.sub(r"//[^/]*@", "//***@", url)  # an account, if only the scheme is mistyped
+        raise SourceError(f"{shown!r}: not a volume's URL; expected one that begins with {schemes}")
     return driver, rest

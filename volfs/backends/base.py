@@ -196,7 +196,11 @@ class Backend(trio.abc.AsyncResource):
 
     @abc.abstractmethod
     async def stat(self, source: Source) -> VolumeInfo:
-        """The volume of a source that this backend `serves`; leaves nothing behind, as `list`."""
+        """The volume of a source that this backend `serves`; leaves nothing behind, as `list`.
+
+        Its own source is the one that `list` gives, whichever way to this backend the asked one told (only
+        `read_only` stays): one volume has one identity.
+        """
 
     async def describe(self, source: Source) -> Mapping[str, str]:
         """More than `stat` tells, for `volfs info` and user.volfs.*: may cost more, leaves nothing behind either.

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import trio
 
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
-from volfs.backends.local import THREADS, LocalVolume, local_errors
+from volfs.backends.local import THREADS, LocalVolume, local_errors, normal_path, volume_path
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 
 BLKSSZGET = 0x1268  # logical block size, linux/fs.h
@@ -44,6 +45,17 @@ class BlockSettings(Settings, frozen=True, kw_only=True):
     path: str | None = None  # a directory of device nodes
     devices: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        try:
+            if self.path is not None:
+                msgspec.structs.force_setattr(self, "path", normal_path(self.path))
+        except ValueError as exc:
+            raise ValueError(f"path: {exc}") from exc
+        try:
+            msgspec.structs.force_setattr(self, "devices", tuple(map(normal_path, self.devices)))
+        except ValueError as exc:
+            raise ValueError(f"devices: {exc}") from exc
+
 
 class BlockBackend(Backend):
     driver = "block"
@@ -56,9 +68,10 @@ class BlockBackend(Backend):
 
     @classmethod
     def parse_url(cls, rest: str, environment: Mapping[str, str]) -> BlockSource:
-        if not rest.startswith("/") or rest.endswith("/") or "\0" in rest:
+        path = volume_path(rest)
+        if path is None:
             raise SourceError(f"block:{rest}: expected block:/PATH, the absolute path of a block device")
-        return BlockSource(path=os.path.normpath(rest))
+        return BlockSource(path=path)
 
     @classmethod
     def parse_prefix(cls, rest: str, environment: Mapping[str, str]) -> tuple[BlockSettings, tuple[str, ...]]:
@@ -69,10 +82,10 @@ class BlockBackend(Backend):
 
     @classmethod
     def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> BlockSource:
-        path = data.get("device_path")
-        if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+        path = volume_path(data.get("device_path"))
+        if path is None:
             raise SourceError("connection info of type local: data.device_path: expected an absolute path")
-        return BlockSource(path=os.path.normpath(path), read_only=data.get("access_mode") == "ro")
+        return BlockSource(path=path, read_only=data.get("access_mode") == "ro")
 
     @classmethod
     def settings_for(cls, source: Source) -> BlockSettings:

@@ -11,10 +11,11 @@ import stat
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import msgspec
 import trio
 
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
-from volfs.backends.local import THREADS, LocalVolume, local_errors
+from volfs.backends.local import THREADS, LocalVolume, local_errors, normal_path, volume_path
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 
 
@@ -38,6 +39,12 @@ class FileSettings(Settings, frozen=True, kw_only=True):
 
     path: str  # the directory
 
+    def __post_init__(self) -> None:
+        try:
+            msgspec.structs.force_setattr(self, "path", normal_path(self.path))
+        except ValueError as exc:
+            raise ValueError(f"path: {exc}") from exc
+
 
 class FileBackend(Backend):
     driver = "file"
@@ -50,15 +57,16 @@ class FileBackend(Backend):
 
     @classmethod
     def parse_url(cls, rest: str, environment: Mapping[str, str]) -> FileSource:
-        if not rest.startswith("/") or rest.endswith("/") or "\0" in rest:
+        path = volume_path(rest)
+        if path is None:
             raise SourceError(f"file:{rest}: expected file:/PATH, the absolute path of a file")
-        return FileSource(path=os.path.normpath(rest))
+        return FileSource(path=path)
 
     @classmethod
     def parse_prefix(cls, rest: str, environment: Mapping[str, str]) -> tuple[FileSettings, tuple[str, ...]]:
         if not rest.startswith("/") or "\0" in rest:
             raise SourceError(f"file:{rest}: expected file:/PATH, the absolute path of a directory")
-        return FileSettings(path=os.path.normpath(rest)), ()
+        return FileSettings(path=rest), ()
 
     @classmethod
     def settings_for(cls, source: Source) -> FileSettings:

@@ -84,12 +84,30 @@ class LocalVolume(BackendVolume):
             return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
 
+def normal_path(path: str) -> str:
+    """The one form of an absolute path; ValueError for what is none. Equal files and directories need equal paths."""
+    if not path.startswith("/") or "\0" in path:
+        raise ValueError(f"expected an absolute path, not {path!r}")
+    return "/" + os.path.normpath(path).lstrip("/")  # normpath keeps two slashes at the beginning
+
+
+def volume_path(text: object) -> str | None:
+    """The normal form of a path that may be a volume's; None for anything else, such as a directory's."""
+    if not isinstance(text, str) or text.endswith("/"):
+        return None
+    try:
+        path = normal_path(text)
+    except ValueError:
+        return None
+    return None if path == "/" else path
+
+
 @contextmanager
 def local_errors(doing: str, name: str) -> Iterator[None]:
     """Turn the operating system's errors into ours, keeping errno and text."""
     try:
         yield
-    except FileNotFoundError as exc:
+    except (FileNotFoundError, NotADirectoryError) as exc:
         raise VolumeNotFound(f"{name}: no such file or device") from exc
     except OSError as exc:
         if isinstance(exc, BackendError):

@@ -146,7 +146,9 @@ class RbdBackend(Backend):
             (await self._cluster.open_pool(path[0])).close()
             return Directory(path[0])
         pool, namespace = self._directory(path[:-1])
-        image, _, snapshot = path[-1].partition("@")
+        image, at, snapshot = path[-1].partition("@")
+        if at and not snapshot:  # would be another name of the image itself
+            raise VolumeNotFound(f"rbd:{'/'.join(path)}: no such snapshot")
         source = RbdSource(
             pool=pool, namespace=namespace, image=image, snapshot=snapshot, access=self._access
         )
@@ -159,6 +161,7 @@ class RbdBackend(Backend):
 
     async def stat(self, source: Source) -> VolumeInfo:
         assert isinstance(source, RbdSource)
+        source = msgspec.structs.replace(source, access=self._access)
 
         def find() -> VolumeInfo | None:
             (header,) = rbd_header.read_headers(ioctx, [rbd_header.read_image_id(ioctx, source.image)])
@@ -221,6 +224,8 @@ class RbdBackend(Backend):
         if not namespace:
             for name in rbd.RBD().namespace_list(ioctx):
                 yield Directory(name)
+        elif not _namespace_exists(ioctx, namespace):  # to RADOS it would be an empty one
+            raise VolumeNotFound(f"rbd:{pool}/{namespace}: no such namespace")
         images = [image for image in rbd.RBD().list2(ioctx) if "/" not in image["name"]]
         headers = rbd_header.read_headers(ioctx, [image["id"] for image in images])
         for image, header in zip(images, headers, strict=True):

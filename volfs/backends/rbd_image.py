@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -39,7 +41,7 @@ class RbdImage(BackendVolume):
         self._ioctx: Any = None
         self._image: Any = None
         self._dirty = False
-        self._reopening = trio.Lock()
+        self._refreshing = trio.Lock()
 
     async def open(self) -> None:
         self._ioctx = await self._cluster.open_pool(self._pool, self._namespace)
@@ -52,7 +54,8 @@ class RbdImage(BackendVolume):
 
     async def pread(self, offset: int, length: int) -> bytes:
         image = self._image
-        data: bytes = await self._aio("read", lambda done: image.aio_read(offset, length, done))
+        with self._shrunk_is_eio():
+            data: bytes = await self._aio("read", lambda done: image.aio_read(offset, length, done))
         if len(data) != length:
             raise BackendError(f"{self._url}: short read at {offset}: the image was shrunk", errno.EIO)
         return data
@@ -60,19 +63,21 @@ class RbdImage(BackendVolume):
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
         self._dirty = True
         image, payload = self._image, data if isinstance(data, bytes) else bytes(data)
-        await self._aio("write", lambda done: image.aio_write(payload, offset, done))
+        with self._shrunk_is_eio():
+            await self._aio("write", lambda done: image.aio_write(payload, offset, done))
 
     async def flush(self) -> None:
         image = self._image
         await self._aio("flush", lambda done: image.aio_flush(done))
 
     async def refresh(self) -> Properties:
-        size = await self._size()
-        if size != self.properties.size:
-            if not self._writable and not self._snapshot:
-                await self._reopen()
-            self.properties = self._read_properties(size)
-        return self.properties
+        async with self._refreshing:  # one may reopen the image, which the others then ask
+            size = await self._size()
+            if size != self.properties.size:
+                if not self._writable and not self._snapshot:
+                    await self._reopen()
+                self.properties = self._read_properties(size)
+            return self.properties
 
     async def resize(self, size: int) -> None:
         image = self._image
@@ -140,10 +145,9 @@ class RbdImage(BackendVolume):
 
     async def _reopen(self) -> None:
         """Take up a new size. librbd tells only images opened for writing, through their watcher."""
-        async with self._reopening:
-            old, self._image = self._image, await self._open_image()
-            # Reads under way on the old one are finished by librbd before its close is.
-            await self._aio("close", lambda done: old.aio_close(done))
+        old, self._image = self._image, await self._open_image()
+        # Reads under way on the old one are finished by librbd before its close is.
+        await self._aio("close", lambda done: old.aio_close(done))
 
     async def _size(self) -> int:
         """The size as the cluster has it now, whatever the open image remembers."""
@@ -159,6 +163,16 @@ class RbdImage(BackendVolume):
 
     def _read_properties(self, size: int) -> Properties:
         return Properties(size, SECTOR, self._writable, can_resize=self._writable)
+
+    @contextmanager
+    def _shrunk_is_eio(self) -> Iterator[None]:
+        """librbd calls a request past the end invalid. Ours are within the size that we know, so that is not now."""
+        try:
+            yield
+        except BackendError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            raise BackendError(f"{exc}: the image was shrunk", errno.EIO) from exc
 
     async def _aio(self, doing: str, start: Any) -> Any:
         return await aio(start, doing=f"{self._url}: {doing}", timeout=self._cluster.timeout)

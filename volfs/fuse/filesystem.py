@@ -58,7 +58,7 @@ class Filesystem(pyfuse3.Operations):
         self._files = files
         self._access = access
         self._control = control  # the control socket's path, for clients that know only the mountpoint
-        self._listings: dict[int, list[tuple[str, Node]]] = {}
+        self._listings: dict[int, tuple[Node, list[tuple[str, Node]]]] = {}
         self._listing_numbers = itertools.count(1)
 
     # Names
@@ -70,10 +70,7 @@ class Filesystem(pyfuse3.Operations):
             parent = self._tree.node(parent_inode)
             node = await self._tree.lookup(parent, os.fsdecode(name))
             self._tree.remember(node)
-            attributes = self._attributes(node)
-            if isinstance(parent, AttachedNode):
-                attributes.entry_timeout = 0  # a detached name is gone at once
-            return attributes
+            return self._entry(parent, node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, lookups in inode_list:
@@ -82,19 +79,22 @@ class Filesystem(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         with _errors("opendir"):
             number = next(self._listing_numbers)
-            self._listings[number] = await self._tree.list(self._tree.node(inode))
+            node = self._tree.node(inode)
+            self._listings[number] = node, await self._tree.list(node)
             return number
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         with _errors("readdir"):
-            for position, (name, node) in enumerate(self._listings[fh][start_id:], start_id + 1):
-                if not pyfuse3.readdir_reply(token, os.fsencode(name), self._attributes(node), position):
+            parent, children = self._listings[fh]
+            for position, (name, node) in enumerate(children[start_id:], start_id + 1):
+                if not pyfuse3.readdir_reply(token, os.fsencode(name), self._entry(parent, node), position):
                     break
                 self._tree.remember(node)
 
     async def releasedir(self, fh: int) -> None:
         with _errors("releasedir"):
-            self._tree.drop_unknown([node for _, node in self._listings.pop(fh)])
+            _, children = self._listings.pop(fh)
+            self._tree.drop_unknown([node for _, node in children])
 
     # Attributes
 
@@ -172,6 +172,7 @@ class Filesystem(pyfuse3.Operations):
                 raise VolfsError("the mount is read-only", errno.EROFS)
             # O_TRUNC is among the flags and means nothing: the size is the backend's.
             handle = await self._files.open(node, flags, ctx.pid)
+            self._tree.resized(node, self._size(node))
             if node.size_told != self._size(node):
                 try:
                     pyfuse3.invalidate_inode(inode, attr_only=True)
@@ -256,6 +257,13 @@ class Filesystem(pyfuse3.Operations):
         volume = self._volumes.get(node.backend, node.info.source)
         return node.info.size if volume is None else volume.properties.size
 
+    def _entry(self, parent: Node, node: Node) -> pyfuse3.EntryAttributes:
+        """The attributes of a node found under a name in `parent`."""
+        attributes = self._attributes(node)
+        if isinstance(parent, AttachedNode):
+            attributes.entry_timeout = 0  # a detached name is gone at once
+        return attributes
+
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
         attributes = pyfuse3.EntryAttributes()
         attributes.st_ino = node.inode
@@ -286,6 +294,7 @@ class Filesystem(pyfuse3.Operations):
         volume = await self._volumes.open(node.backend, node.info.source, writable=True)
         try:
             await volume.resize(size)
+            self._tree.resized(node, size)
         finally:
             await self._volumes.release(node.backend, node.info.source)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -118,6 +118,11 @@ class Tree:
             node.info = await node.backend.stat(node.info.source)
             node.read_at = trio.current_time()
         return node.info
+
+    def resized(self, node: VolumeNode, size: int) -> None:
+        """An open of the volume has told its size; older news must not come back when it is closed."""
+        if node.info.size != size:
+            node.info = replace(node.info, size=size)
 
     def remember(self, node: Node) -> None:
         """The kernel was told of the node once more."""
