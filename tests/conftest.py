@@ -3,22 +3,64 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mounts import Mount, mounted
+from services import (  # noqa: F401
+    loop_device,
+    new_image,
+    new_lun,
+    new_namespace,
+    rbd_image,
+    services,
+)
+from volumes import Storage, StoredVolume
+
+MakeVolume = Callable[..., StoredVolume]
 
 
 @pytest.fixture
 def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Mount]]:
-    """Mount: `mount(*prefixes, options=(), env=None)`. Unmounted after the test."""
+    """Mount: `mount(*prefixes, options=(), env=None)` and more of `mounted`. Unmounted after the test."""
     with contextlib.ExitStack() as stack:
 
-        def make(*prefixes: str, options: tuple[str, ...] = (), env: dict[str, str] | None = None) -> Mount:
-            return stack.enter_context(mounted(tmp_path_factory.mktemp("m"), prefixes, options, env))
+        def make(*prefixes: str, **how: Any) -> Mount:
+            return stack.enter_context(mounted(tmp_path_factory.mktemp("m"), prefixes, **how))
 
         yield make
+
+
+@pytest.fixture
+def storage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    """Where the volumes of one test come from."""
+    with contextlib.ExitStack() as stack:
+        yield Storage(request, tmp_path_factory.mktemp("storage"), stack)
+
+
+@pytest.fixture(scope="module")
+def module_storage(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Storage]:
+    """Where volumes come from that the tests of a module share."""
+    with contextlib.ExitStack() as stack:
+        yield Storage(request, tmp_path_factory.mktemp("storage"), stack)
+
+
+@pytest.fixture
+def make_volume(storage: Storage) -> MakeVolume:
+    """make_volume(driver, size, content, **options): see `Storage.make`."""
+    return storage.make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_leaks() -> Iterator[None]:
+    """What a module's tests left open is its failure, and not that of whoever runs when it is collected."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -6,23 +6,29 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from services import skip_or_fail
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
 VOLFS = [sys.executable, "-m", "volfs"]
 
 
-def run_volfs(*arguments: str | Path, env: Mapping[str, str] | None = None, **more: object) -> subprocess.CompletedProcess[str]:
+def run_volfs(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
     """Run the volfs command; its output is text, its exit code is the caller's to judge."""
     environment = {**os.environ, **(env or {})}
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(
         [*VOLFS, *map(str, arguments)],
         env=environment,
         text=True,
@@ -59,16 +65,24 @@ class Mount:
 
 @contextlib.contextmanager
 def mounted(
-    directory: Path, prefixes: Sequence[str], options: Sequence[str] = (), env: Mapping[str, str] | None = None
+    directory: Path,
+    prefixes: Sequence[str],
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    mountpoint: Path | None = None,
+    volfs: Sequence[str] = VOLFS,
 ) -> Iterator[Mount]:
-    """`volfs mount` below `directory`, ready for I/O; unmounted at the end.
+    """`volfs mount`, below `directory` unless there is a `mountpoint`, ready for I/O; unmounted at the end.
 
     The daemon must then end by itself with success and without a traceback in its log, unless the test ended it.
     """
-    path, socket, log_path = directory / "mnt", directory / "control", directory / "volfs.log"
+    require_fuse()
+    path = mountpoint or directory / "mnt"
+    socket, log_path = directory / "control", directory / "volfs.log"
     path.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o700)
-    command = [*VOLFS, "mount", str(path), *prefixes, "--socket", str(socket), *options]
+    command = [*volfs, "mount", str(path), *prefixes, "--socket", str(socket), *options]
     with log_path.open("w") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **(env or {})}
@@ -81,19 +95,28 @@ def mounted(
             assert mount.stop() == 0, f"the daemon ended with {process.returncode}:\n{mount.log}"
         assert "Traceback" not in mount.log, mount.log
     finally:
+        print(f"log of the daemon at {path}:\n{mount.log}")  # pytest shows it when the test failed
         if process.poll() is None:
             process.kill()
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
-        if _is_mounted(path):
+        if is_mounted(path):
             subprocess.run(["umount", "-l", str(path)], check=False)
 
 
-def wait_until(condition: object, what: str, seconds: float = 10.0) -> None:
+def require_fuse() -> None:
+    """Skip, or fail where it is required, when nothing can be mounted here."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        skip_or_fail("fuse", "/dev/fuse is missing or not for this user")
+    if shutil.which("fusermount3") is None:
+        skip_or_fail("fuse", "fusermount3 is not installed (scripts/setup)")
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
     """Poll a condition that nothing announces. Fails with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.01)
 
@@ -105,5 +128,5 @@ def _wait_ready(mount: Mount) -> None:
     assert re.search(": ready ", line), f"volfs mount is not ready: {line!r}\n{mount.log}"
 
 
-def _is_mounted(path: Path) -> bool:
+def is_mounted(path: Path) -> bool:
     return any(line.split()[1] == str(path) for line in Path("/proc/self/mounts").read_text().splitlines())

@@ -60,6 +60,15 @@ def test_survives_pickling_and_copying(cls: type[VolfsError], number: int | None
     assert (again.errno, again.strerror, str(again)) == (exc.errno, exc.strerror, str(exc))
 
 
+@each_class
+def test_is_one_line_whatever_name_it_tells(cls: type[VolfsError]) -> None:
+    """Names come from users and clusters: line ends, terminal escapes, and bytes that are no UTF-8."""
+    exc = cls("a\nb\r\x1b[31m\udcff: no such Ünïcode\u2028")
+    assert str(exc) == r"a\nb\r\x1b[31m\udcff: no such Ünïcode\u2028"
+    assert str(cls(str(exc))) == str(exc)
+    assert failure(exc).error().strerror == exc.strerror
+
+
 def test_copy_error_keeps_its_offset_when_pickled() -> None:
     again = pickle.loads(pickle.dumps(CopyError("stopped", errno.ENOSPC, offset=4096)))
     assert (again.offset, again.errno, str(again)) == (4096, errno.ENOSPC, "stopped")
@@ -110,6 +119,8 @@ def test_is_offered_by_the_package(cls: type[VolfsError]) -> None:
         (VolfsError("disk is on fire"), "disk is on fire"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), "/x: No such file or directory"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/x\n\udcff"), r"/x\n\udcff: No such file"),
+        (ValueError("a\nb"), r"a\nb"),
         (OSError(errno.ENOSPC, None), "No space left on device"),
         (OSError("text without a number"), "text without a number"),
         (ValueError("x"), "x"),

@@ -7,15 +7,15 @@ needs and is not there is a skip, or a failure where VOLFS_REQUIRE names it.
 from __future__ import annotations
 
 import abc
+import errno
 import hashlib
 import os
 import random
 import re
 import secrets
-import shlex
 import subprocess
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,6 @@ from services import (
     Image,
     Lun,
     Services,
-    exists,
     image,
     loop,
     lun,
@@ -52,6 +51,14 @@ def random_bytes(length: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(length)
 
 
+@contextmanager
+def raises(number: int) -> Iterator[None]:
+    """The block raises an OSError (ours are such, too) with this errno."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is what tells
+        yield
+    assert errno.errorcode.get(caught.value.errno or 0) == errno.errorcode[number], caught.value
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -66,6 +73,7 @@ class StoredVolume(abc.ABC):
     place: tuple[str, ...]  # its path below a backend of that prefix
     url: str
     environment: dict[str, str] = field(default_factory=dict, repr=False)  # of a client that uses it
+    undo: ExitStack = field(repr=False)  # removes it
 
     @property
     def source(self) -> Source:
@@ -78,6 +86,10 @@ class StoredVolume(abc.ABC):
 
     def sha256(self) -> str:
         return sha256(self.read())
+
+    def remove(self) -> None:
+        """From the storage; an error when somebody has it open there. Happens at the end of the test otherwise."""
+        self.undo.close()
 
     @abc.abstractmethod
     def read(self) -> bytes:
@@ -93,6 +105,9 @@ class StoredVolume(abc.ABC):
     @abc.abstractmethod
     def users(self) -> list[str]:
         """Who has it open, as the storage tells: a watcher, a session, a process."""
+
+    def evict(self) -> None:
+        """Make the storage give up users that died, where it would wait for them; as an operator may."""
 
     @abc.abstractmethod
     def protect(self) -> str:
@@ -118,14 +133,12 @@ class RbdVolume(StoredVolume):
     def users(self) -> list[str]:
         return [str(watcher["address"]) for watcher in self.image.watchers()]
 
+    def evict(self) -> None:
+        for address in self.users():
+            self.image.services.run("ceph", "osd", "blocklist", "add", address)
+
     def protect(self) -> str:
         return self.url + self.image.snapshot("protected")
-
-    def remove(self) -> None:
-        self.image.services.run("rbd", "rm", "--no-progress", self.image.spec)
-
-    def exists(self) -> bool:
-        return exists(self.image)
 
 
 @dataclass(kw_only=True)
@@ -192,6 +205,7 @@ class BlockVolume(StoredVolume):
 
     def protect(self) -> str:
         subprocess.run(["blockdev", "--setro", self.device], check=True)
+        self.undo.callback(subprocess.run, ["blockdev", "--setrw", self.device], check=True)
         return self.url
 
 
@@ -199,7 +213,6 @@ class BlockVolume(StoredVolume):
 class FileVolume(StoredVolume):
     driver = "file"
     path: Path
-    undo: ExitStack = field(repr=False)
 
     def read(self) -> bytes:
         return self.path.read_bytes()
@@ -241,10 +254,9 @@ class Storage:
         assert isinstance(found, Services)
         return found
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of a client of the private Ceph, as the user that `rbd` volumes are for."""
-        return ceph_environment(self.services)
+    def environment(self, driver: str) -> dict[str, str]:
+        """Of a client that uses the volumes of a driver that are made here."""
+        return ceph_environment(self.services) if driver == "rbd" else {}
 
     def prefix(self, driver: str) -> str:
         """What is mounted to see the volumes of a driver that are made here."""
@@ -268,67 +280,69 @@ class Storage:
             "block": self._make_block,
             "file": self._make_file,
         }
-        made = makers[driver](size, **options)
+        undo = self._stack.enter_context(ExitStack())
+        made = makers[driver](undo, size, **options)
         if content:
             made.write(content)
         return made
 
-    def _make_rbd(self, size: int, **options: Any) -> RbdVolume:
-        made = self._stack.enter_context(image(self.services, size, **options))
+    def _make_rbd(self, undo: ExitStack, size: int, **options: Any) -> RbdVolume:
+        made = undo.enter_context(image(self.services, size, **options))
         return RbdVolume(
             size=size,
             prefix=f"rbd:{made.pool}",
             place=tuple(filter(None, (made.pool, made.namespace, made.name))),
             url=made.url,
-            environment=self.environment,
+            environment=self.environment("rbd"),
+            undo=undo,
             image=made,
         )
 
-    def _make_iscsi(self, size: int, **options: Any) -> IscsiVolume:
-        made = self._stack.enter_context(lun(self.services, size, **options))
+    def _make_iscsi(self, undo: ExitStack, size: int, **options: Any) -> IscsiVolume:
+        made = undo.enter_context(lun(self.services, size, **options))
         return IscsiVolume(
             size=size,
             prefix=self.prefix("iscsi"),
             place=(made.iqn, str(made.number)),
             url=made.url,
             environment=made.environment,
+            undo=undo,
             services=self.services,
             lun=made,
         )
 
-    def _make_block(self, size: int, **options: Any) -> BlockVolume:
-        device = self._stack.enter_context(loop(self._loops, size, **options))
+    def _make_block(self, undo: ExitStack, size: int, **options: Any) -> BlockVolume:
+        device = undo.enter_context(loop(self._loops, size, **options))
         link = self._devices / f"device-{secrets.token_hex(4)}"
         link.symlink_to(device)
-        self._stack.callback(link.unlink)
+        undo.callback(link.unlink)
         return BlockVolume(
             size=size,
             prefix=self.prefix("block"),
             place=(link.name,),
             url=f"block:{link}",
+            undo=undo,
             device=device,
         )
 
-    def _make_file(self, size: int) -> FileVolume:
+    def _make_file(self, undo: ExitStack, size: int) -> FileVolume:
         path = self._files / f"file-{secrets.token_hex(4)}"
         with path.open("xb") as file:
             file.truncate(size)
-        self._stack.callback(path.unlink, missing_ok=True)
-        undo = self._stack.enter_context(ExitStack())
+        undo.callback(path.unlink, missing_ok=True)
         return FileVolume(
             size=size,
             prefix=self.prefix("file"),
             place=(path.name,),
             url=f"file:{path}",
-            path=path,
             undo=undo,
+            path=path,
         )
 
 
 def ceph_environment(services: Services) -> dict[str, str]:
-    """How a client that is not the administrator reaches the private Ceph."""
-    arguments = ["--id", services.user, "--keyring", str(services.keyring)]
-    return {"CEPH_CONF": str(services.ceph_conf), "CEPH_ARGS": shlex.join(arguments)}
+    """How a client that is not the administrator reaches the private Ceph, whose configuration knows the keyring."""
+    return {"CEPH_CONF": str(services.ceph_conf), "CEPH_ARGS": f"--id {services.user}"}
 
 
 def write_file(path: Path, data: bytes, offset: int) -> None:
@@ -354,4 +368,3 @@ def processes_with(path: Path) -> list[str]:
         except OSError:  # closed, or ended, meanwhile
             continue
     return found
-

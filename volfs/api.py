@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from volfs import control
-from volfs.backends import caller_environment
+from volfs.backends import caller_environment, is_url
 from volfs.control import Attach, Attached, Client, Detach, Done, Status, StatusReply, Unmount
 from volfs.errors import ControlError, MountError
 
+ATTACH_SECONDS = 180.0  # for a backend to be connected to, and asked
 CLOSE_SECONDS = 60.0  # for the backend to let go of a volume
+STOP_SECONDS = 60.0  # for a daemon that is ending
 START_SECONDS = 60.0
 IDLE_SECONDS = 300.0  # a daemon started on demand ends when unused for so long
 
@@ -32,14 +34,17 @@ def open_volume(
     source: str | ConnectionInfo,
     mode: str = "rb",
     buffering: int = -1,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
     *,
     name: str | None = None,
     socket_path: str | None = None,
 ) -> IO[Any]:
     """Attach a volume and return what built-in open() returns on its file.
 
-    `source` is a URL ("rbd:pool/image", "iscsi://portal/iqn/lun", ...) or a Cinder connection info; `mode` and
-    `buffering` are open()'s, binary or text. Closing the file, by `close_volume`, `close` or as a context manager,
+    `source` is a URL ("rbd:pool/image", "iscsi://portal/iqn/lun", ...) or a Cinder connection info; `mode` to
+    `newline` are open()'s. Closing the file, by `close_volume`, `close` or as a context manager,
     flushes, makes stable what was written, detaches, and returns when the backend has let go of the volume. When
     no daemon serves this user, one is started. When the process dies, the volume is detached.
 
@@ -54,7 +59,7 @@ def open_volume(
         lease.release()
         raise
     try:
-        return _wrap(raw, mode, buffering)
+        return _wrap(raw, mode, buffering, encoding, errors, newline)
     except BaseException:
         raw.close()
         raise
@@ -77,19 +82,27 @@ def attach(
     socket_path: str | None = None,
 ) -> tuple[Attached, Client]:
     """Attach a volume; returns what it is called now, and the connection. With `hold` it stays as long as that."""
-    client = connect(socket_path)
-    try:
-        url, info = (source, None) if isinstance(source, str) else (None, dict(source))
-        environment = caller_environment(dict(os.environ))
-        request = Attach(source=url, connection_info=info, name=name, hold=hold, environment=environment)
-        return client.call(request, Attached), client
-    except BaseException:
-        client.close()
-        raise
+    url, info = (source, None) if isinstance(source, str) else (None, dict(source))
+    environment = caller_environment(os.environ)
+    request = Attach(source=url, connection_info=info, name=name, hold=hold, environment=environment)
+    while True:
+        client = connect(socket_path)
+        try:
+            return client.call(request, Attached, timeout=ATTACH_SECONDS), client
+        except ControlError as exc:
+            client.close()
+            if exc.errno != errno.ECONNRESET:
+                raise
+            _wait_ended(client.pid, STOP_SECONDS)  # it was about to end, idle
+        except BaseException:
+            client.close()
+            raise
 
 
 def detach(name: str, *, wait: float = 5.0, socket_path: str | None = None) -> None:
     """Detach a volume by attached name, path or URL; EBUSY when it is still open after `wait` seconds."""
+    if "/" in name and not is_url(name):
+        name = os.path.abspath(name)
     with _running(socket_path) as client:
         client.call(Detach(name=name, wait=wait), Done, timeout=wait + CLOSE_SECONDS)
 
@@ -104,18 +117,21 @@ def unmount(mountpoint: str, *, force: bool = False, timeout: float = 300.0) -> 
     """Unmount, and return when everything has reached the backends and the daemon has ended.
 
     EBUSY while files are open, unless `force`; another error when something could not be flushed. MountError when
-    that is no volfs mount.
+    that is no volfs mount. What a dead daemon left is unmounted with `force` (ENOTCONN without).
     """
-    with _running(control_of(mountpoint)) as client:
-        process = os.pidfd_open(client.welcome.pid)
-        try:
-            try:
-                client.call(Unmount(force=force), Done, timeout=timeout)
-            finally:
-                client.close()
-            _wait_readable(process, timeout)
-        finally:
-            os.close(process)
+    try:
+        socket_path = control_of(mountpoint)
+    except MountError as exc:
+        if exc.errno != errno.ENOTCONN:
+            raise
+        if not force:
+            raise MountError(f"{exc}; unmount it with --force", exc.errno) from exc
+        subprocess.run(["fusermount3", "-u", "-z", "--", mountpoint], check=True, timeout=STOP_SECONDS)
+        return
+    with _running(socket_path) as client:
+        client.call(Unmount(force=force), Done, timeout=timeout)
+        client.close()
+        _wait_ended(client.pid, STOP_SECONDS)
 
 
 def control_of(mountpoint: str) -> str:
@@ -137,7 +153,7 @@ def mount_attribute(path: str, key: str) -> str:
 
 def connect(socket_path: str | None = None) -> Client:
     """A connection to this user's daemon, which is started when there is none. ControlError."""
-    path = socket_path or control.default_socket()
+    path = os.path.abspath(socket_path or control.default_socket())
     for _ in range(3):  # a daemon may end, idle, just as it is found
         try:
             return Client(path)
@@ -190,7 +206,14 @@ class _VolumeIO(io.FileIO):
             self._lease.release()
 
 
-def _wrap(raw: _VolumeIO, mode: str, buffering: int) -> IO[Any]:
+def _wrap(
+    raw: _VolumeIO,
+    mode: str,
+    buffering: int,
+    encoding: str | None,
+    errors: str | None,
+    newline: str | None,
+) -> IO[Any]:
     """The buffer and text layers that built-in open() would put on the raw file."""
     binary = "b" in mode
     if buffering == 0:
@@ -205,7 +228,11 @@ def _wrap(raw: _VolumeIO, mode: str, buffering: int) -> IO[Any]:
         buffered = io.BufferedWriter(raw, size)
     else:
         buffered = io.BufferedReader(raw, size)
-    return buffered if binary else io.TextIOWrapper(buffered)
+    if binary:
+        return buffered  # type: ignore[no-any-return]
+    text: Any = io.TextIOWrapper(buffered, encoding, errors, newline, line_buffering=buffering == 1)
+    text.mode = mode
+    return text  # type: ignore[no-any-return]
 
 
 def _check_mounted(path: str) -> None:
@@ -217,7 +244,7 @@ class _running:
     """A connection to a daemon that must be there already, for a `with` block."""
 
     def __init__(self, socket_path: str | None) -> None:
-        self._path = socket_path or control.default_socket()
+        self._path = os.path.abspath(socket_path or control.default_socket())
 
     def __enter__(self) -> Client:
         self._client = Client(self._path)
@@ -270,8 +297,16 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def _wait_readable(descriptor: int, timeout: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    if not poll.poll(timeout * 1000):
-        raise ControlError("the volfs daemon has not ended", errno.ETIMEDOUT)
+def _wait_ended(pid: int, timeout: float) -> None:
+    """Return when the process has ended. ControlError (ETIMEDOUT)."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        if not poll.poll(timeout * 1000):
+            raise ControlError(f"the volfs daemon, process {pid}, has not ended", errno.ETIMEDOUT)
+    finally:
+        os.close(process)

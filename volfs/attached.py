@@ -55,14 +55,17 @@ class Attachments:
     async def attach(self, source: Source, name: str | None) -> tuple[Attachment, int]:
         """Attach, or share what is attached already; returns the attachment and a new lease on it.
 
-        The volume is looked up, so that a wrong source fails here and not at the first read. VolumeNotFound,
-        BackendError; EEXIST when the name belongs to another volume.
+        The volume is looked up, so that a wrong source fails here and not at the first read. Without `name` it is
+        the volume's own, with a number behind it where another volume has that. VolumeNotFound, BackendError; EEXIST
+        when `name` belongs to another volume.
         """
-        name = source.name if name is None else name
-        check_name(name)
+        if name is not None:
+            check_name(name)
         backend = self._backends.acquire(source)
         try:
             info = await backend.stat(source)
+            if name is None:
+                name = self._free_name(backend, info.source)
             attachment = self.get(name)
             if attachment is None:
                 attachment = self._by_name[name] = Attachment(name, backend, info)
@@ -74,6 +77,16 @@ class Attachments:
         lease = next(self._numbers)
         attachment.leases.add(lease)
         return attachment, lease
+
+    def _free_name(self, backend: Backend, source: Source) -> str:
+        """The volume's own name, or the first of `<name>-2`, `<name>-3`, ... that no other volume has."""
+        check_name(source.name)
+        for number in itertools.count(1):
+            name = source.name if number == 1 else f"{source.name}-{number}"
+            taken = self.get(name)
+            if taken is None or (taken.backend is backend and taken.info.source == source):
+                return name
+        raise AssertionError("numbers do not end")
 
     def give_up(self, lease: int) -> Attachment | None:
         """Give up a lease; returns its attachment, or None when it was given up before."""

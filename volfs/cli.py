@@ -215,8 +215,12 @@ def copy(
 
     _ceph_environment(conf, id)
     with progress.show("copy", quiet=quiet) as shown:
-        summary = endpoint.copy(source, target, verify=verify, progress=shown)
-    print(json.dumps(summary.as_dict()) if as_json else summary)
+        done = [endpoint.copy(source, target, progress=shown)]
+    if verify:
+        # Opened anew, so that nothing cached is taken for what the storage has.
+        with progress.show("verify", quiet=quiet) as shown:
+            done.append(endpoint.verify(source, target, progress=shown))
+    print(json.dumps(done[-1].as_dict()) if as_json else "\n".join(map(str, done)))
 
 
 @app.command(

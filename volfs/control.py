@@ -203,7 +203,7 @@ class Client:
                 ) from exc
             except OSError as exc:
                 raise ControlError(f"no volfs daemon answers at {path}: {exc.strerror or exc}") from exc
-            uid = peer_credentials(self._socket)[1]
+            self.pid, uid = peer_credentials(self._socket)
             if uid not in (0, os.geteuid()):
                 raise ControlError(f"{path} belongs to user {uid}, not to this one or root", errno.EPERM)
             self.welcome = self.call(Hello(), Welcome)

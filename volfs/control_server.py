@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 512  # further ones wait in the socket's backlog
 BACKLOG = 64
+RETRY_SECONDS = 0.1  # to accept, when the process or the system is short of something
+SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 SEND_SECONDS = 10.0  # a client that does not read its reply that long is dropped
 
 
@@ -83,7 +85,10 @@ def control_socket(path: str) -> Iterator[socket.socket]:
                 listener.listen(BACKLOG)
                 yield listener
             finally:
-                os.unlink(path)
+                try:
+                    os.unlink(path)
+                except FileNotFoundError:  # somebody who tidies up was faster
+                    pass
     finally:
         os.close(lock)
 
@@ -140,7 +145,15 @@ class ControlServer:
             with self._until_stop():
                 while not self._stopping:
                     await slots.acquire()
-                    stream = await acceptor.accept()
+                    try:
+                        stream = await acceptor.accept()
+                    except OSError as exc:
+                        if exc.errno not in SCARCE:
+                            raise
+                        log.error("control: cannot accept a client: %s", exc.strerror)
+                        slots.release()
+                        await trio.sleep(RETRY_SECONDS)
+                        continue
                     nursery.start_soon(serve_one, stream)
         self.stopped.set()
 

@@ -59,9 +59,7 @@ def copy_volume_data(
             f"copy stopped at offset {offset}: {error_text(exc)}", exc.errno, offset=offset
         ) from exc
     if verify:
-        for file, position in zip((source_file, target_file), start, strict=True):
-            _forget_cached(file)
-            file.seek(position)
+        source_file, target_file = _uncached(source_file, start[0]), _uncached(target_file, start[1])
         compare_volume_data(source_file, target_file, size, block_size=block_size)
 
 
@@ -113,16 +111,19 @@ def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, 
         and os.path.samestat(*(os.fstat(number) for number in numbers if number is not None))
     ):
         raise VolfsError("source and target are the same volume", errno.EINVAL)
-    if verify and not (source.seekable() and target.seekable() and target.readable()):
+    if verify and not (source.seekable() and target.seekable() and _can("readable", target)):
         raise ValueError("verify=True: expected seekable files, and a target opened for reading too (r+b)")
-    if not target.writable():
+    if not _can("writable", target):
         raise ValueError("expected a target opened for writing (r+b)")
     if target.seekable():
         end = target.tell() + size
         have = file_size(target)
         if have < end:
-            # An ordinary file can be enlarged, a volume cannot. Only truncate knows which this is.
+            # An ordinary file can be enlarged, a volume cannot. Only truncate knows which this is, but for a volume
+            # that may be resized: that is not what somebody who copies has asked for.
             try:
+                if _is_volume(target):
+                    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
                 target.truncate(end)
                 if _appends(target):
                     target.truncate(have)  # what is written goes behind what is there
@@ -217,10 +218,30 @@ def _make_stable(file: IO[bytes]) -> None:
                 raise
 
 
-def _forget_cached(file: IO[bytes]) -> None:
+def _uncached(file: IO[bytes], position: int) -> IO[bytes]:
+    """The file at that position, without what the page cache and its own buffer remember."""
     number = _descriptor(file)
     if number is not None:
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+    file.seek(position)
+    raw: Any = getattr(file, "raw", None)
+    if not isinstance(raw, io.RawIOBase):
+        return file
+    raw.seek(position)
+    return raw  # type: ignore[return-value]
+
+
+def _can(ability: str, file: IO[bytes]) -> bool:
+    """Whether the file is `readable` or `writable`. RBDVolumeIOWrapper denies both, can both, and has no descriptor."""
+    return _descriptor(file) is None or bool(getattr(file, ability)())
+
+
+def _is_volume(file: IO[bytes]) -> bool:
+    number = _descriptor(file)
+    try:
+        return number is not None and bool(os.getxattr(number, "user.volfs.source"))
+    except OSError:
+        return False
 
 
 def _appends(file: IO[bytes]) -> bool:

@@ -31,6 +31,7 @@ from volfs.volume import VolumeTable
 log = logging.getLogger(__name__)
 
 LAST_REPLIES_SECONDS = 10.0
+WRITE_BACK_SECONDS = 30.0
 
 
 async def run(
@@ -51,10 +52,10 @@ async def run(
                 async with trio.open_nursery() as nursery:
                     daemon.background = nursery
                     nursery.start_soon(server.serve, listener)
-                    nursery.start_soon(_stop_on_signal)
+                    nursery.start_soon(daemon.stop_on_signal)
                     nursery.start_soon(_announce, config, mountpoint, ready)
                     if exit_idle is not None:
-                        nursery.start_soon(daemon.stop_when_idle, exit_idle, server)
+                        nursery.start_soon(daemon.stop_when_idle, exit_idle)
                     try:
                         await session.serve()
                     finally:
@@ -84,6 +85,8 @@ class Daemon:
         self._attachments = Attachments(self.backends)
         self._files = OpenFiles(self._volumes)
         self._clients: set[Client] = set()
+        self._clients_seen = 0
+        self._stopping = False
         self._closed = trio.Event()
         self.errors: list[VolfsError] = []
 
@@ -101,20 +104,41 @@ class Daemon:
             log.error("not everything reached the backend: %s", error)
         self._closed.set()
 
-    async def stop_when_idle(self, seconds: float, server: ControlServer) -> None:
-        """Stop when nothing was attached, open or connected for so long."""
-        idle_since = trio.current_time()
-        while (rest := idle_since + seconds - trio.current_time()) > 0:
-            await trio.sleep(rest)
-            if server.clients or len(self._attachments) or any(True for _ in self._volumes):
-                idle_since = trio.current_time()
-        log.info("idle for %g s: stopping", seconds)
+    async def stop(self) -> None:
+        """End, after the kernel has written back what programs changed by mmap."""
+        self._stopping = True
+        with trio.move_on_after(WRITE_BACK_SECONDS) as scope:
+            await session.write_back(self._mountpoint)
+        if scope.cancelled_caught:
+            log.error("the kernel has not written back everything in %g s", WRITE_BACK_SECONDS)
         session.stop()
+
+    async def stop_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("%s: stopping", signal.Signals(number).name)
+                await self.stop()
+
+    async def stop_when_idle(self, seconds: float) -> None:
+        """Stop when nothing was attached, open or connected for so long; it takes up to twice that to notice."""
+        before = -1
+        while not self._idle() or before != self._uses():
+            before = self._uses()
+            await trio.sleep(seconds)
+        log.info("idle for %g s: stopping", seconds)
+        await self.stop()
+
+    def _idle(self) -> bool:
+        return not (self._clients or len(self._attachments) or any(True for _ in self._volumes))
+
+    def _uses(self) -> int:
+        return self._clients_seen + self._volumes.opens
 
     async def handle(self, client: Client, request: control.Request) -> control.Reply:
         match request:
             case control.Hello():
                 self._clients.add(client)
+                self._clients_seen += 1
                 return control.Welcome(mountpoint=self._mountpoint, pid=os.getpid())
             case control.Attach():
                 return await self._attach(client, request)
@@ -136,6 +160,8 @@ class Daemon:
     async def _attach(self, client: Client, request: control.Attach) -> control.Attached:
         if (request.source is None) == (request.connection_info is None):
             raise ControlError("attach: expected either a source or a connection info", errno.EINVAL)
+        if self._stopping:
+            raise ControlError("the daemon is stopping", errno.ECONNRESET)  # a client then starts another
         if request.source is not None:
             source = parse_source(request.source, request.environment)
         else:
@@ -160,7 +186,12 @@ class Daemon:
                 raise VolumeNotFound(f"lease {request.lease}: this client holds no such lease")
             if attachment is None:  # `volfs detach` took it away before
                 return control.Done()
-            await self._wait_for_handles(attachment, request.wait, client.pid)
+            # Of several leases of one process on one volume, the last one waits for its handles.
+            if not any(
+                other is not client and other.pid == client.pid and other.leases & attachment.leases
+                for other in self._clients
+            ):
+                await self._wait_for_handles(attachment, request.wait, client.pid)
             client.leases.discard(request.lease)
             self._attachments.give_up(request.lease)
             if self._handles(attachment):  # of other processes
@@ -172,6 +203,9 @@ class Daemon:
             await self._wait_for_handles(attachment, request.wait, None)
             attachment.leases.clear()
             await self._attachments.remove_unleased(attachment)
+        failure = self._volumes.take_failure(attachment.backend, attachment.info.source)
+        if failure is not None:
+            raise failure
         return control.Done()
 
     def _named(self, name: str) -> Attachment:
@@ -195,10 +229,10 @@ class Daemon:
         def released() -> bool:
             if self._handles(attachment, pid):
                 return False
-            return bool(self._handles(attachment)) or self._volumes.get(attachment.backend, source) is None
+            return bool(self._handles(attachment)) or not self._volumes.in_use(attachment.backend, source)
 
         with trio.move_on_after(seconds) as scope:
-            await self._volumes.wait_released(released)
+            await self._volumes.wait_changed(released)
         if scope.cancelled_caught:
             pids = sorted({file.pid for file in self._handles(attachment, pid)})
             raise VolfsError(
@@ -208,7 +242,7 @@ class Daemon:
 
     async def _remove_when_unused(self, attachment: Attachment) -> None:
         source = attachment.info.source
-        await self._volumes.wait_released(lambda: self._volumes.get(attachment.backend, source) is None)
+        await self._volumes.wait_changed(lambda: not self._volumes.in_use(attachment.backend, source))
         await self._attachments.remove_unleased(attachment)
 
     def _status(self) -> control.StatusReply:
@@ -247,7 +281,9 @@ class Daemon:
             if not request.force:
                 sources = ", ".join(volume.source.url for volume in self._volumes)
                 raise VolfsError(f"{exc}; open: {sources or 'a directory'}", errno.EBUSY) from exc
-            session.stop()
+            await self.stop()
+        else:
+            session.stop()  # where another mount namespace keeps a copy of the mount
         await self._closed.wait()
         if self.errors:
             return control.failure(self.errors[0])
@@ -256,13 +292,5 @@ class Daemon:
 
 async def _announce(config: Config, mountpoint: str, ready: Callable[[], None]) -> None:
     await session.wait_ready(mountpoint, ATTACHED)
-    if config.mount.read_ahead:
-        session.set_read_ahead(mountpoint, config.mount.read_ahead)
+    await trio.to_thread.run_sync(session.tune, mountpoint, config.mount.read_ahead, abandon_on_cancel=True)
     ready()
-
-
-async def _stop_on_signal() -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            session.stop()

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import IO
 
 from volfs.api import mount_attribute, open_volume
+from volfs.backends import is_url
 from volfs.copying import compare_volume_data, copy_volume_data, file_size
 from volfs.errors import CopyError, MountError, VolfsError
-from volfs.source import is_url
 
 Shown = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -48,19 +48,17 @@ class Endpoint:
     ordinary: bool
 
 
-def copy(source: str, target: str, *, verify: bool = False, progress: Shown | None = None) -> Summary:
+def copy(source: str, target: str, *, progress: Shown | None = None) -> Summary:
     """Copy all of `source` over the beginning of `target`. Errors as copy_volume_data and open_volume."""
     start = time.monotonic()
     with open_endpoint(source) as from_side, open_endpoint(target, writable=True) as to_side:
         size = from_side.size
-        copy_volume_data(
-            from_side.file, to_side.file, size, verify=verify, progress=_with_total(progress, size)
-        )
+        copy_volume_data(from_side.file, to_side.file, size, progress=_with_total(progress, size))
         if to_side.ordinary:
-            os.ftruncate(
-                to_side.file.fileno(), size
-            )  # what an older, longer file had behind it is not the volume's
-    return Summary(source, target, size, time.monotonic() - start, verify)
+            # What an older, longer file had behind it is not the volume's.
+            os.ftruncate(to_side.file.fileno(), size)
+            os.fsync(to_side.file.fileno())
+    return Summary(source, target, size, time.monotonic() - start, verified=False)
 
 
 def verify(source: str, target: str, *, progress: Shown | None = None) -> Summary:

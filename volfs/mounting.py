@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ def serve(
 
     MountError, ControlError, ConfigError when it cannot start.
     """
+    _allow_many_files()
     mountpoint = os.path.abspath(mountpoint)
     path = os.path.abspath(socket_path or control.default_socket())
     if config.mount.allow_other and config.mount.resolve_mode() & 0o002 and not config.mount.read_only:
@@ -53,9 +56,11 @@ def serve_in_background(arguments: Sequence[str], socket_path: str | None) -> No
     log_path = os.path.abspath(socket_path or control.default_socket()) + ".log"
     private_directory(os.path.dirname(log_path))
     reader, writer = os.pipe()
+    # Appended to: the log may be that of a daemon that serves at this socket already.
     log_number = os.open(
-        log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
     )
+    log_begin = os.fstat(log_number).st_size
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "volfs", "mount", *arguments, "--ready-fd", str(writer)],
@@ -74,11 +79,11 @@ def serve_in_background(arguments: Sequence[str], socket_path: str | None) -> No
             process.returncode = 0  # it goes on without us; keep subprocess from warning about that
             return
     code = process.wait()
-    with open(log_path) as log_file:
-        lines = [line for line in log_file.read().splitlines() if line]
-    raise ControlError(
-        lines[-1].removeprefix("volfs: ") if lines else f"the daemon ended with status {code}", code
-    )
+    with open(log_path, "rb") as log_file:
+        log_file.seek(log_begin)
+        lines = [line for line in log_file.read().decode(errors="replace").splitlines() if line]
+    text = lines[-1].removeprefix("volfs: ") if lines else f"the daemon ended with status {code}"
+    raise ControlError(text, errno.ECONNABORTED)
 
 
 def tell_parent(number: int) -> None:
@@ -91,6 +96,12 @@ def log_to_stderr(*, verbose: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=LOG_FORMAT)
     if not verbose:
         logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+
+
+def _allow_many_files() -> None:
+    """Clients and volumes of the file driver take a descriptor each, and 1024 are soon used up."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -10,10 +10,10 @@ from rich.filesize import decimal
 
 from volfs import catalog
 from volfs.api import mount_attribute
+from volfs.backends import is_url
 from volfs.backends.base import VolumeInfo
 from volfs.control import StatusReply
 from volfs.errors import VolfsError
-from volfs.source import is_url
 
 Facts = dict[str, str | int | bool]
 

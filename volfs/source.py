@@ -14,11 +14,6 @@ from volfs.backends.base import Settings, Source
 from volfs.errors import SourceError
 
 
-def is_url(text: str) -> bool:
-    """Whether the text is meant as a source rather than as a path."""
-    return text.partition(":")[0] in DRIVERS and ":" in text
-
-
 def parse_source(url: str, environment: Mapping[str, str]) -> Source:
     """The source a URL names, reached as the caller's environment says. SourceError."""
     driver, rest = _split(url)

@@ -6,6 +6,7 @@ Knows drivers only by their contract, and nothing of FUSE, names or clients. Run
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ import trio
 from volfs.backends.base import Backend, BackendVolume, Properties, Source
 from volfs.backends.registry import Backends
 from volfs.errors import VolfsError
+
+log = logging.getLogger(__name__)
 
 Key = tuple[Backend, Source]
 
@@ -128,7 +131,9 @@ class VolumeTable:
         self._backends = backends
         self._volumes: dict[Key, Volume] = {}
         self._locks: dict[Key, _CountedLock] = {}
-        self._released = trio.Condition()
+        self._failures: dict[Key, VolfsError] = {}  # of closes whose error nobody has seen
+        self._changed = trio.Event()  # replaced by a new one at each open and release
+        self.opens = 0  # there have been
 
     def __iter__(self) -> Iterator[Volume]:
         return iter(list(self._volumes.values()))
@@ -136,52 +141,72 @@ class VolumeTable:
     def get(self, backend: Backend, source: Source) -> Volume | None:
         return self._volumes.get((backend, source))
 
+    def in_use(self, backend: Backend, source: Source) -> bool:
+        """Whether the volume is open, or being opened or closed."""
+        return (backend, source) in self._volumes or (backend, source) in self._locks
+
+    def take_failure(self, backend: Backend, source: Source) -> VolfsError | None:
+        """What went wrong when the volume was last closed, told once."""
+        return self._failures.pop((backend, source), None)
+
     async def open(self, backend: Backend, source: Source, *, writable: bool) -> Volume:
         """A handle on the volume; the caller owes one `release`. Its size is that of now."""
         async with self._locked((backend, source)):
             volume = self.get(backend, source)
             if volume is None:
-                volume = Volume(source, await backend.open(source, writable=writable))
-                self._volumes[backend, source] = volume
                 self._backends.hold(backend)
+                try:
+                    volume = Volume(source, await backend.open(source, writable=writable))
+                except BaseException:
+                    await self._backends.release(backend)
+                    raise
+                self._volumes[backend, source] = volume
             elif writable and not volume.properties.writable:
                 await volume.reopen(await backend.open(source, writable=True))
             else:
                 await volume.refresh()
             volume.handles += 1
+            self.opens += 1
             return volume
 
     async def release(self, backend: Backend, source: Source) -> None:
-        """Give a handle back. The last one closes the volume, whose error (of the flush) is raised."""
+        """Give a handle back. The last one closes the volume; its error is raised, and kept for `take_failure`."""
         with trio.CancelScope(shield=True):
             async with self._locked((backend, source)):
                 volume = self._volumes[backend, source]
                 volume.handles -= 1
+                if volume.handles:
+                    return
                 try:
-                    if not volume.handles:
-                        await volume.aclose()
+                    self._failures.pop((backend, source), None)
+                    await volume.aclose()
+                except VolfsError as exc:
+                    self._failures[backend, source] = exc
+                    raise
                 finally:
-                    if not volume.handles:
-                        del self._volumes[backend, source]
-                        await self._backends.release(backend)
-            async with self._released:
-                self._released.notify_all()
+                    del self._volumes[backend, source]
+                    await self._backends.release(backend)
 
-    async def wait_released(self, condition: Callable[[], bool]) -> None:
-        """Return when `condition` holds; looked at again whenever a handle was given back. Set a deadline."""
-        async with self._released:
-            while not condition():
-                await self._released.wait()
+    async def wait_changed(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` holds; looked at again after each open and release. Set a deadline."""
+        while not condition():
+            await self._changed.wait()
 
     async def aclose(self) -> list[VolfsError]:
-        """Close all that is open, side by side, and return what failed. No request may come any more."""
-        errors: list[VolfsError] = []
+        """Close all that is open, side by side; returns these errors and those not taken before.
+
+        No request may come any more.
+        """
+        errors = list(self._failures.values())
 
         async def close(volume: Volume) -> None:
             try:
                 await volume.aclose()
             except VolfsError as exc:
                 errors.append(exc)
+            except Exception as exc:  # a bug in one driver must not keep the others' volumes from their flush
+                log.exception("%s: close: unexpected error; a bug in volfs", volume.source.url)
+                errors.append(VolfsError(f"{volume.source.url}: close: unexpected {type(exc).__name__}"))
 
         async with trio.open_nursery() as nursery:
             for volume in self._volumes.values():
@@ -201,6 +226,8 @@ class VolumeTable:
             counted.users -= 1
             if not counted.users:
                 del self._locks[key]
+            self._changed.set()
+            self._changed = trio.Event()
 
 
 @dataclass(slots=True)

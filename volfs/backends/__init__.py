@@ -7,6 +7,8 @@ made: a machine without librbd serves files all the same.
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ DRIVERS: dict[str, Registration] = {
 }
 
 
+PATHS = {"CEPH_CONF"}  # of these variables, those that are a path
+
+
 def backend_class(driver: str) -> type[Backend]:
     """The `Backend` class of a registered driver. KeyError for any other name."""
     registration = DRIVERS[driver]
@@ -47,7 +52,17 @@ def backend_class(driver: str) -> type[Backend]:
     return cls
 
 
-def caller_environment(environ: dict[str, str]) -> dict[str, str]:
-    """The part of a caller's environment that says how its storage is reached."""
+def is_url(text: str) -> bool:
+    """Whether the text is meant as a source rather than as a path."""
+    driver, colon, _ = text.partition(":")
+    return bool(colon) and driver in DRIVERS
+
+
+def caller_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The part of a caller's environment that says how its storage is reached, for a process elsewhere."""
     wanted = {name for registration in DRIVERS.values() for name in registration.environment}
-    return {name: value for name, value in environ.items() if name in wanted}
+    return {
+        name: os.path.abspath(value) if name in PATHS and value else value
+        for name, value in environ.items()
+        if name in wanted
+    }

@@ -55,6 +55,8 @@ class BlockSettings(Settings, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "devices", tuple(map(normal_path, self.devices)))
         except ValueError as exc:
             raise ValueError(f"devices: {exc}") from exc
+        if self.path is None and not self.devices:
+            raise ValueError("path: expected a directory of devices, or devices = [...]")
 
 
 class BlockBackend(Backend):

@@ -76,8 +76,8 @@ class LocalVolume(BackendVolume):
                     await self._run(os.fsync, fd, doing="flush")
         finally:
             self._fd = -1
-            with local_errors("close", self._name):
-                os.close(fd)
+            with trio.CancelScope(shield=True):
+                await self._run(os.close, fd, doing="close")  # the last close of a device writes it out
 
     async def _run(self, call: Callable[..., T], *args: object, doing: str) -> T:
         with local_errors(doing, self._name):

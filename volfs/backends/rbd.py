@@ -131,21 +131,21 @@ class RbdBackend(Backend):
         if not path:
             return [Directory(pool) for pool in self.settings.pools or await self._cluster.list_pools()]
         pool, namespace = self._directory(path)
-        ioctx = await self._cluster.open_pool(pool, namespace)
-        try:
+        async with self._cluster.pool(pool, namespace) as ioctx:
             return await self._cluster.run(
                 lambda: list(self._scan(ioctx, pool, namespace)), doing=f"list rbd:{'/'.join(path)}"
             )
-        finally:
-            ioctx.close()
 
     async def lookup(self, path: Sequence[str]) -> Entry:
         if len(path) == 1:
             if self.settings.pools and path[0] not in self.settings.pools:
                 raise VolumeNotFound(f"rbd:{path[0]}: no pool of backend {self.name}")
-            (await self._cluster.open_pool(path[0])).close()
-            return Directory(path[0])
+            async with self._cluster.pool(path[0]):
+                return Directory(path[0])
         pool, namespace = self._directory(path[:-1])
+        if not path[-1].isprintable():
+            # Stray bytes, which librados does not take; line ends and the like, which no tool of Ceph does.
+            raise VolumeNotFound(f"rbd:{'/'.join(path)}: no such image")
         image, at, snapshot = path[-1].partition("@")
         if at and not snapshot:  # would be another name of the image itself
             raise VolumeNotFound(f"rbd:{'/'.join(path)}: no such snapshot")
@@ -169,13 +169,11 @@ class RbdBackend(Backend):
                 raise VolumeNotFound("removed meanwhile")
             return next((info for info in self._infos(source, header) if info.name == source.name), None)
 
-        ioctx = await self._cluster.open_pool(source.pool, source.namespace)
-        try:
-            info = await self._cluster.run(find, doing=source.url)
-        except VolumeNotFound:
-            raise VolumeNotFound(f"{source.url}: no such image") from None
-        finally:
-            ioctx.close()
+        async with self._cluster.pool(source.pool, source.namespace) as ioctx:
+            try:
+                info = await self._cluster.run(find, doing=source.url)
+            except VolumeNotFound:
+                raise VolumeNotFound(f"{source.url}: no such image") from None
         if info is None:
             raise VolumeNotFound(f"{source.url}: no such snapshot")
         return info
@@ -212,11 +210,8 @@ class RbdBackend(Backend):
         return path[0], path[1] if len(path) == 2 else ""
 
     async def _has_namespace(self, pool: str, namespace: str) -> bool:
-        ioctx = await self._cluster.open_pool(pool)
-        try:
+        async with self._cluster.pool(pool) as ioctx:
             return bool(await self._cluster.run(lambda: _namespace_exists(ioctx, namespace), doing=pool))
-        finally:
-            ioctx.close()
 
     def _scan(self, ioctx: Any, pool: str, namespace: str) -> Iterator[Entry]:
         import rbd

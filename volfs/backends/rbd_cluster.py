@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,9 +20,11 @@ import outcome
 import trio
 
 from volfs.backends.base import deadline
-from volfs.errors import BackendError, BackendTimeout, SourceError, VolumeNotFound
+from volfs.errors import BackendError, BackendTimeout, SourceError, VolfsError, VolumeNotFound
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 THREADS = 8  # blocking calls (connect, list, describe) under way at once for one cluster
 
@@ -75,19 +78,65 @@ class Cluster:
         self.timeout = timeout
         self._threads = trio.CapacityLimiter(THREADS)
         self._connecting = trio.Lock()
+        self._attempts = 0
+        self._failure: VolfsError | None = None  # of the last attempt
         self._rados: Any = None
+        self._users = (
+            0  # calls under way and images open: librados does not stand being shut down beneath them
+        )
+        self._unused = trio.Event()
+        self._closed = False
 
     async def connect(self) -> None:
-        """Connect unless that is done. BackendError when monitors, user or key are refused or not there."""
+        """Connect unless that is done. BackendError when monitors, user or key are refused or not there.
+
+        Who waits while an attempt fails shares its error: with an attempt for each, deadlines would add up.
+        """
+        attempts = self._attempts
         async with self._connecting:
-            if self._rados is None:
+            if self._closed:
+                raise BackendError(f"Ceph cluster ({self._where()}): disconnected", errno.ESHUTDOWN)
+            if self._rados is not None:
+                return
+            if self._attempts > attempts and self._failure is not None:
+                raise type(self._failure)(str(self._failure), self._failure.errno)
+            self._attempts += 1
+            try:
                 with rados_errors(f"Ceph cluster ({self._where()})", self.timeout):
                     # Not abandoned at a deadline: librados keeps its own, set below, and a thread left behind
                     # would own a half-made connection.
                     self._rados = await trio.to_thread.run_sync(self._connect, limiter=self._threads)
+            except VolumeNotFound as exc:  # it is no volume that is missing
+                self._failure = BackendError(f"{exc}; is its keyring there?", errno.EACCES)
+                raise self._failure from exc
+            except VolfsError as exc:
+                self._failure = exc
+                raise
+
+    def hold(self) -> None:
+        """Note a user of the connection, who owes one `release`."""
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._unused.set()
+
+    @asynccontextmanager
+    async def pool(self, pool: str, namespace: str = "") -> AsyncIterator[Any]:
+        """A rados.Ioctx for the pool. The connection stays as long as it is used."""
+        self.hold()
+        try:
+            ioctx = await self.open_pool(pool, namespace)
+            try:
+                yield ioctx
+            finally:
+                ioctx.close()
+        finally:
+            self.release()
 
     async def open_pool(self, pool: str, namespace: str = "") -> Any:
-        """A rados.Ioctx for the pool; the caller closes it, or gives it to an image that outlives it."""
+        """A rados.Ioctx for the pool; the caller holds the connection, and closes it."""
 
         def open_ioctx() -> Any:
             ioctx = self._rados.open_ioctx(pool)
@@ -102,9 +151,13 @@ class Cluster:
 
     async def run(self, call: Callable[[], T], *, doing: str) -> T:
         """Run a blocking call of the library in a thread. librados ends it at the timeouts set in `_connect`."""
-        await self.connect()
-        with rados_errors(doing, self.timeout):
-            return await trio.to_thread.run_sync(call, limiter=self._threads)
+        self.hold()
+        try:
+            await self.connect()
+            with rados_errors(doing, self.timeout):
+                return await trio.to_thread.run_sync(call, limiter=self._threads)
+        finally:
+            self.release()
 
     async def list_pools(self) -> list[str]:
         """Pools made for RBD (`rbd pool init`, or its application tag)."""
@@ -120,12 +173,58 @@ class Cluster:
         return await self.run(pools, doing="list the pools")
 
     async def close(self) -> None:
-        """Disconnect. No image and no ioctx may be in use any more."""
-        async with self._connecting:
-            rados, self._rados = self._rados, None
+        """Disconnect for good, when calls that were given up have come back too."""
+        with trio.move_on_after(self.timeout, shield=True):
+            self._closed = True
+            while self._users:
+                self._unused = trio.Event()
+                await self._unused.wait()
+            async with self._connecting:
+                rados, self._rados = self._rados, None
             if rados is not None:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(rados.shutdown, limiter=self._threads)
+                await trio.to_thread.run_sync(rados.shutdown, limiter=self._threads)
+        if self._users:
+            # Shutting down beneath them would crash the process, and every other volume with it.
+            log.warning("Ceph cluster (%s): %d calls hang; left connected", self._where(), self._users)
+
+    async def aio(self, start: Callable[[Callable[..., None]], Any], *, doing: str) -> Any:
+        """Run one asynchronous call of librbd and return what it passes to its callback besides the completion.
+
+        `start` makes the call with the callback it is given. When the deadline passes or the task is cancelled the
+        request goes on in librbd, and its result is dropped; an image that arrives that late is closed.
+        """
+        token = trio.lowlevel.current_trio_token()
+        task = trio.lowlevel.current_task()
+        waiting = True
+
+        def arrived(status: int, result: Any) -> None:  # on the trio loop
+            nonlocal waiting
+            if waiting:
+                waiting = False
+                trio.lowlevel.reschedule(task, outcome.Value((status, result)))
+            elif status >= 0 and hasattr(result, "aio_close"):
+                self.hold()
+                result.aio_close(lambda completion: token.run_sync_soon(self.release))
+            self.release()
+
+        def callback(completion: Any, result: Any = None) -> None:  # on a thread of librbd
+            try:
+                token.run_sync_soon(arrived, completion.get_return_value(), result)
+            except trio.RunFinishedError:
+                pass  # the daemon is gone; so is whoever asked
+
+        def give_up(_: Any) -> trio.lowlevel.Abort:
+            nonlocal waiting
+            waiting = False
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        with rados_errors(doing, self.timeout), deadline(self.timeout, doing):
+            start(callback)
+            self.hold()  # until the callback, which may come long after we gave up
+            status, result = await trio.lowlevel.wait_task_rescheduled(give_up)
+        if status < 0:
+            raise _error(-status, f"{doing}: {os.strerror(-status)}", self.timeout)
+        return result
 
     def _where(self) -> str:
         access = self.access
@@ -161,6 +260,8 @@ class Cluster:
     def _options(self) -> dict[str, str]:
         access, seconds = self.access, f"{self.timeout:g}"
         options = {
+            # The other policies keep what was read, and images opened read-only are not told of others' writes.
+            "rbd_cache_policy": "writearound",
             # librados waits for ever unless told otherwise (300 s for the first contact).
             "client_mount_timeout": seconds,
             "rados_mon_op_timeout": seconds,
@@ -174,43 +275,6 @@ class Cluster:
             # Given in memory: os-brick writes such keys to temporary files, which it forgets when attach fails.
             options["key"] = access.key
         return options
-
-
-async def aio(start: Callable[[Callable[..., None]], Any], *, doing: str, timeout: float) -> Any:
-    """Run one asynchronous call of librbd and return what it passes to its callback besides the completion.
-
-    `start` makes the call with the callback it is given. When the deadline passes or the task is cancelled the
-    request goes on in librbd, and its result is dropped; an image that arrives that late is closed.
-    """
-    token = trio.lowlevel.current_trio_token()
-    task = trio.lowlevel.current_task()
-    waiting = True
-
-    def arrived(status: int, result: Any) -> None:  # on the trio loop
-        nonlocal waiting
-        if waiting:
-            waiting = False
-            trio.lowlevel.reschedule(task, outcome.Value((status, result)))
-        elif status >= 0 and hasattr(result, "aio_close"):
-            result.aio_close(lambda completion: None)
-
-    def callback(completion: Any, result: Any = None) -> None:  # on a thread of librbd
-        try:
-            token.run_sync_soon(arrived, completion.get_return_value(), result)
-        except trio.RunFinishedError:
-            pass  # the daemon is gone; so is whoever asked
-
-    def give_up(_: Any) -> trio.lowlevel.Abort:
-        nonlocal waiting
-        waiting = False
-        return trio.lowlevel.Abort.SUCCEEDED
-
-    with rados_errors(doing, timeout), deadline(timeout, doing):
-        start(callback)
-        status, result = await trio.lowlevel.wait_task_rescheduled(give_up)
-    if status < 0:
-        raise _error(-status, f"{doing}: {os.strerror(-status)}", timeout)
-    return result
 
 
 @contextmanager

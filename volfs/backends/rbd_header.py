@@ -64,12 +64,18 @@ def read_image_id(ioctx: Any, name: str) -> str:
 def read_headers(ioctx: Any, ids: Iterable[str]) -> Iterator[Header | None]:
     """The headers of many images, in order, several reads under way at once; None for one that is gone."""
     pending: list[tuple[Any, Any, Any, str]] = []
-    for image_id in ids:
-        pending.append(_start(ioctx, image_id))
-        if len(pending) >= WINDOW:
+    try:
+        for image_id in ids:
+            pending.append(_start(ioctx, image_id))
+            if len(pending) >= WINDOW:
+                yield _finish(ioctx, *pending.pop(0))
+        while pending:
             yield _finish(ioctx, *pending.pop(0))
-    while pending:
-        yield _finish(ioctx, *pending.pop(0))
+    finally:
+        # After an error: librados still writes to the results of these, and freeing them beneath it would crash us.
+        for operation, _, completion, _ in pending:
+            completion.wait_for_complete()  # not longer than rados_osd_op_timeout
+            ioctx.release_read_op(operation)
 
 
 def _start(ioctx: Any, image_id: str) -> tuple[Any, Any, Any, str]:

@@ -11,7 +11,7 @@ import trio
 
 from volfs.backends import rbd_header
 from volfs.backends.base import BackendVolume, Properties
-from volfs.backends.rbd_cluster import Cluster, aio
+from volfs.backends.rbd_cluster import Cluster
 from volfs.errors import BackendError, VolumeNotFound
 
 SECTOR = 512  # librbd takes any offset and length; this is the block size its clients show
@@ -40,12 +40,15 @@ class RbdImage(BackendVolume):
         )
         self._ioctx: Any = None
         self._image: Any = None
+        self._held = False  # the connection, by us
         self._dirty = False
         self._refreshing = trio.Lock()
 
     async def open(self) -> None:
-        self._ioctx = await self._cluster.open_pool(self._pool, self._namespace)
+        self._cluster.hold()
+        self._held = True
         try:
+            self._ioctx = await self._cluster.open_pool(self._pool, self._namespace)
             self._image = await self._open_image()
             self.properties = self._read_properties(await self._size())
         except BaseException:
@@ -118,6 +121,9 @@ class RbdImage(BackendVolume):
             finally:
                 if ioctx is not None:
                     ioctx.close()
+                if self._held:
+                    self._held = False
+                    self._cluster.release()
 
     async def _open_image(self) -> Any:
         import rbd
@@ -125,11 +131,11 @@ class RbdImage(BackendVolume):
         name, snapshot, read_only = self._name, self._snapshot or None, not self._writable
         ioctx = self._ioctx
         try:
-            return await self._aio(
-                "open",
+            return await self._cluster.aio(
                 lambda done: rbd.RBD().aio_open_image(
                     done, ioctx, name, snapshot=snapshot, read_only=read_only
                 ),
+                doing=f"{self._url}: open",
             )
         except VolumeNotFound:
             raise VolumeNotFound(
@@ -152,14 +158,15 @@ class RbdImage(BackendVolume):
     async def _size(self) -> int:
         """The size as the cluster has it now, whatever the open image remembers."""
         image, ioctx = self._image, self._ioctx
-        if self._snapshot or self._writable:
+        if self._writable:
             return int(await self._cluster.run(image.size, doing=f"{self._url}: size"))
         (header,) = await self._cluster.run(
             lambda: list(rbd_header.read_headers(ioctx, [image.id()])), doing=f"{self._url}: size"
         )
-        if header is None:
-            raise VolumeNotFound(f"{self._url}: the image was removed")
-        return header.size
+        sizes = {} if header is None else {"": header.size} | {it.name: it.size for it in header.snapshots}
+        if self._snapshot not in sizes:
+            raise VolumeNotFound(f"{self._url}: the {'snapshot' if self._snapshot else 'image'} was removed")
+        return sizes[self._snapshot]
 
     def _read_properties(self, size: int) -> Properties:
         return Properties(size, SECTOR, self._writable, can_resize=self._writable)
@@ -175,4 +182,9 @@ class RbdImage(BackendVolume):
             raise BackendError(f"{exc}: the image was shrunk", errno.EIO) from exc
 
     async def _aio(self, doing: str, start: Any) -> Any:
-        return await aio(start, doing=f"{self._url}: {doing}", timeout=self._cluster.timeout)
+        try:
+            return await self._cluster.aio(start, doing=f"{self._url}: {doing}")
+        except (
+            VolumeNotFound
+        ) as exc:  # the volume is open: what is missing is a part of it, such as its data pool
+            raise BackendError(str(exc), errno.EIO) from exc

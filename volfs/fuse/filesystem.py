@@ -43,6 +43,15 @@ class Access:
     read_only: bool
 
 
+@dataclass(slots=True)
+class _Listing:
+    """An open directory: what it held when it was opened, or rewound."""
+
+    parent: Node
+    children: list[tuple[str, Node]]
+    begun: bool = False
+
+
 class Filesystem(pyfuse3.Operations):
     """The handlers. Many run at once, each in a task of its own, on the trio loop."""
 
@@ -58,7 +67,7 @@ class Filesystem(pyfuse3.Operations):
         self._files = files
         self._access = access
         self._control = control  # the control socket's path, for clients that know only the mountpoint
-        self._listings: dict[int, tuple[Node, list[tuple[str, Node]]]] = {}
+        self._listings: dict[int, _Listing] = {}
         self._listing_numbers = itertools.count(1)
 
     # Names
@@ -69,6 +78,7 @@ class Filesystem(pyfuse3.Operations):
         with _errors("lookup"):
             parent = self._tree.node(parent_inode)
             node = await self._tree.lookup(parent, os.fsdecode(name))
+            await self._refresh(node)
             self._tree.remember(node)
             return self._entry(parent, node)
 
@@ -80,34 +90,32 @@ class Filesystem(pyfuse3.Operations):
         with _errors("opendir"):
             number = next(self._listing_numbers)
             node = self._tree.node(inode)
-            self._listings[number] = node, await self._tree.list(node)
+            self._listings[number] = _Listing(node, await self._tree.list(node))
             return number
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         with _errors("readdir"):
-            parent, children = self._listings[fh]
-            for position, (name, node) in enumerate(children[start_id:], start_id + 1):
-                if not pyfuse3.readdir_reply(token, os.fsencode(name), self._entry(parent, node), position):
+            listing = self._listings[fh]
+            if start_id == 0 and listing.begun:  # rewinddir(3) wants to see what is there now
+                stale, listing.children = listing.children, await self._tree.list(listing.parent)
+                self._tree.drop_unknown([node for _, node in stale])
+            listing.begun = True
+            for position, (name, node) in enumerate(listing.children[start_id:], start_id + 1):
+                entry = self._entry(listing.parent, node)
+                if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position):
                     break
                 self._tree.remember(node)
 
     async def releasedir(self, fh: int) -> None:
         with _errors("releasedir"):
-            _, children = self._listings.pop(fh)
-            self._tree.drop_unknown([node for _, node in children])
+            self._tree.drop_unknown([node for _, node in self._listings.pop(fh).children])
 
     # Attributes
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         with _errors("getattr"):
             node = self._tree.node(inode)
-            if isinstance(node, VolumeNode):
-                try:
-                    await self._tree.refresh(node)
-                except VolfsError:
-                    # An open file goes on with what is known, as an unlinked one does elsewhere.
-                    if self._volumes.get(node.backend, node.info.source) is None:
-                        raise
+            await self._refresh(node)
             return self._attributes(node)
 
     async def setattr(
@@ -176,8 +184,8 @@ class Filesystem(pyfuse3.Operations):
             if node.size_told != self._size(node):
                 try:
                     pyfuse3.invalidate_inode(inode, attr_only=True)
-                except FileNotFoundError:  # the kernel asked by a handle of its own and knows no inode yet
-                    pass
+                except OSError as exc:  # the kernel has forgotten the inode, or is unmounting
+                    log.debug("open: cannot renew the attributes of inode %d: %s", inode, exc)
             return pyfuse3.FileInfo(fh=handle, direct_io=bool(flags & os.O_DIRECT), keep_cache=False)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -253,6 +261,15 @@ class Filesystem(pyfuse3.Operations):
 
     # Help
 
+    async def _refresh(self, node: Node) -> None:
+        if isinstance(node, VolumeNode):
+            try:
+                await self._tree.refresh(node)
+            except VolfsError:
+                # An open file goes on with what is known, as an unlinked one does elsewhere.
+                if self._volumes.get(node.backend, node.info.source) is None:
+                    raise
+
     def _size(self, node: VolumeNode) -> int:
         volume = self._volumes.get(node.backend, node.info.source)
         return node.info.size if volume is None else volume.properties.size
@@ -262,6 +279,7 @@ class Filesystem(pyfuse3.Operations):
         attributes = self._attributes(node)
         if isinstance(parent, AttachedNode):
             attributes.entry_timeout = 0  # a detached name is gone at once
+            attributes.attr_timeout = 0  # what is known may be as old as the attachment
         return attributes
 
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
@@ -311,7 +329,8 @@ def _errors(operation: str) -> Iterator[None]:
     except OSError as exc:
         level = logging.WARNING if isinstance(exc, BackendError) else logging.DEBUG
         log.log(level, "%s: %s", operation, exc)
-        raise pyfuse3.FUSEError(exc.errno or errno.EIO) from exc
+        number = exc.errno or errno.EIO
+        raise pyfuse3.FUSEError(number if number in errno.errorcode else errno.EIO) from exc
     except Exception as exc:
         log.exception("%s: unexpected error; a bug in volfs", operation)
         raise pyfuse3.FUSEError(errno.EIO) from exc

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 from volfs.backends.base import Backend
-from volfs.errors import VolfsError
+from volfs.errors import VolfsError, VolumeNotFound
 from volfs.fuse.tree import VolumeNode
 from volfs.volume import Volume, VolumeTable
 
@@ -22,13 +22,14 @@ class OpenFile:
     writable: bool
     pid: int  # who opened it, 0 when not in our namespace
     failures_seen: int
-    wrote: bool = False
 
     async def write(self, offset: int, data: bytes) -> int:
         if not self.writable:
             raise VolfsError("not open for writing", errno.EBADF)
-        self.wrote = True
-        return await self.volume.pwrite(offset, data)
+        try:
+            return await self.volume.pwrite(offset, data)
+        finally:
+            self.node.changed()
 
     async def fsync(self) -> None:
         """Flush the volume; an error of an earlier flush that this handle has not reported counts as well."""
@@ -41,9 +42,19 @@ class OpenFile:
             raise self.volume.last_failure
 
     async def close(self) -> None:
-        """close(2): the last call whose error the program sees, so a handle that wrote flushes here."""
-        if self.wrote:
+        """close(2): the last call whose error the program sees.
+
+        A handle that may write flushes here, whether it wrote or not: the kernel writes pages of a shared mapping
+        through any handle that it finds. One that may not, makes sure that the volume is still there: RBD answers
+        reads of an image that was removed meanwhile with zeros.
+        """
+        if self.writable:
             await self.fsync()
+        else:
+            try:
+                await self.volume.refresh()
+            except VolumeNotFound as exc:
+                raise VolfsError(str(exc), errno.ESTALE) from exc
 
 
 class OpenFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 NAME = "volfs"  # of the file system, in /proc/mounts: "fuse.volfs" with source "volfs", free of '/' (see facts on df)
 UNMOUNT_SECONDS = 30.0
+MAX_REQUESTS = 512  # handled at once, of which those of a hung backend must leave some to the others
+MAX_BACKGROUND = 256  # of these, read-ahead and other buffered requests
 
 
 def prepare_mountpoint(path: str) -> None:
@@ -68,7 +71,7 @@ def mounted(filesystem: Filesystem, path: str, *, allow_other: bool) -> Iterator
 
 async def serve() -> None:
     """Answer the kernel until the file system is unmounted or `stop` is called; requests under way are finished."""
-    await pyfuse3.main()
+    await pyfuse3.main(max_tasks=MAX_REQUESTS)
 
 
 def stop() -> None:
@@ -91,16 +94,41 @@ def unmount(path: str, *, lazy: bool = False) -> None:
         raise MountError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else path, errno.EBUSY)
 
 
-def set_read_ahead(path: str, size: int) -> None:
-    """Let the kernel read ahead `size` bytes; its default of 128 KiB halves the speed of dd and cp. Needs root."""
+def tune(path: str, read_ahead: int) -> None:
+    """Raise the kernel's limits for this mount, where we may (root). Blocks: it asks the mount for its number.
+
+    `read_ahead` bytes instead of 128 KiB, which halve the speed of dd and cp; and more buffered requests under way
+    than 12, which a dozen readers of one hung backend would take from all others.
+    """
     device = os.stat(path).st_dev
-    try:
-        with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb", "w") as file:
-            file.write(str(size // 1024))
-    except OSError as exc:
-        log.info("read-ahead stays at the kernel's default: %s", exc.strerror)
+    limits = {
+        f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb": read_ahead // 1024,
+        f"/sys/fs/fuse/connections/{os.minor(device)}/max_background": MAX_BACKGROUND,
+        f"/sys/fs/fuse/connections/{os.minor(device)}/congestion_threshold": MAX_BACKGROUND * 3 // 4,
+    }
+    for name, limit in limits.items():
+        try:
+            with open(name, "w") as file:
+                file.write(str(limit))
+        except OSError as exc:
+            log.debug("%s stays at the kernel's default: %s", name, exc.strerror)
 
 
 async def wait_ready(path: str, inside: str) -> None:
     """Return when the mount answers: the kernel asks, the main loop replies."""
-    await trio.to_thread.run_sync(os.stat, os.path.join(path, inside))
+    # Abandoned when we are to stop before that: nobody would answer it any more.
+    await trio.to_thread.run_sync(os.stat, os.path.join(path, inside), abandon_on_cancel=True)
+
+
+async def write_back(path: str) -> None:
+    """Have the kernel send what mmap left in its page cache. `serve` must go on meanwhile."""
+
+    def syncfs() -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            # Not pyfuse3.syncfs, which keeps the interpreter's lock, and our own loop from answering.
+            ctypes.CDLL(None).syncfs(descriptor)
+        finally:
+            os.close(descriptor)
+
+    await trio.to_thread.run_sync(syncfs, abandon_on_cancel=True)

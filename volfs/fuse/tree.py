@@ -50,12 +50,21 @@ class DirectoryNode(Node):
 
 @dataclass(eq=False, kw_only=True)
 class VolumeNode(Node):
-    """A volume. One inode whatever the path to it, so that the kernel keeps one page cache for it."""
+    """A volume. One inode whatever the path to it, so that the kernel keeps one page cache for it.
+
+    (A source that is attached read-only is another one, with an inode of its own.)
+    """
 
     backend: Backend
     info: VolumeInfo
     read_at: float  # of trio's clock
+    changes: int = 0  # made through this mount, of what `info` tells
     size_told: int = -1  # to the kernel
+
+    def changed(self) -> None:
+        """What the backend told of it, allocation and times, holds no more."""
+        self.changes += 1
+        self.read_at = LONG_AGO
 
 
 Key = tuple[Backend, Source] | tuple[Backend, tuple[str, ...]]
@@ -115,8 +124,10 @@ class Tree:
     async def refresh(self, node: VolumeNode) -> VolumeInfo:
         """What the backend tells of the volume, no older than FRESH_SECONDS."""
         if trio.current_time() - node.read_at > FRESH_SECONDS:
+            changes = node.changes
             node.info = await node.backend.stat(node.info.source)
-            node.read_at = trio.current_time()
+            if node.changes == changes:
+                node.read_at = trio.current_time()
         return node.info
 
     def resized(self, node: VolumeNode, size: int) -> None:

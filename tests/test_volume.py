@@ -1,0 +1,619 @@
+"""Open volumes, attachments and the backends behind them, on the loop: bounds, sharing, errors, release.
+
+Around the file driver and real files; tests/faults.py makes it fail and stall.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from faults import FaultyFileBackend
+from volumes import raises, random_bytes
+
+from volfs.attached import Attachments
+from volfs.backends import DRIVERS, Registration
+from volfs.backends.file import FileSettings, FileSource
+from volfs.backends.registry import Backends
+from volfs.errors import SourceError, VolumeNotFound
+from volfs.fuse.handles import OpenFile, OpenFiles
+from volfs.fuse.tree import VolumeNode
+from volfs.volume import Volume, VolumeTable
+
+SIZE = 100_003
+RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
+
+
+class Bench:
+    """A table of volumes over one faulty backend, and a volume in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "disk"
+        self.content = random_bytes(SIZE)
+        self.path.write_bytes(self.content)
+        self.source = FileSource(path=str(self.path))
+        self.backend = FaultyFileBackend("files", FileSettings(path=str(directory)))
+        self.faults = self.backend.faults
+        self.backends = Backends({"files": self.backend})
+        self.table = VolumeTable(self.backends)
+        self.files = OpenFiles(self.table)
+
+    async def open(self, *, writable: bool = True) -> Volume:
+        return await self.table.open(self.backend, self.source, writable=writable)
+
+    async def release(self) -> None:
+        await self.table.release(self.backend, self.source)
+
+    async def open_file(self, flags: int = RDWR) -> tuple[int, OpenFile]:
+        """A handle as the mount has it."""
+        info = await self.backend.stat(self.source)
+        number = await self.files.open(VolumeNode(9, backend=self.backend, info=info, read_at=0), flags, 0)
+        return number, self.files[number]
+
+
+@pytest.fixture
+async def bench(volumes: Path) -> AsyncIterator[Bench]:
+    """Nothing may be open in it at the end."""
+    bench = Bench(volumes)
+    yield bench
+    assert [volume.source.url for volume in bench.table] == []
+    assert bench.faults.opened == 0
+
+
+@pytest.fixture
+async def volume(bench: Bench) -> AsyncIterator[Volume]:
+    volume = await bench.open()
+    yield volume
+    await bench.release()
+
+
+# ---- bounds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [
+        (0, SIZE, SIZE),
+        (0, SIZE + 1, SIZE),
+        (SIZE - 1, 1, 1),
+        (SIZE - 1, 4096, 1),
+        (SIZE, 1, 0),
+        (SIZE + 1, 1, 0),
+        (1 << 62, 1, 0),
+        (0, 0, 0),
+        (SIZE - 10, 1 << 40, 10),
+    ],
+)
+async def test_a_read_is_short_only_where_the_volume_ends(
+    bench: Bench, volume: Volume, offset: int, length: int, expected: int
+) -> None:
+    assert await volume.pread(offset, length) == bench.content[offset : offset + expected]
+
+
+async def test_reads_and_writes_of_nothing_do_not_reach_the_backend(bench: Bench, volume: Volume) -> None:
+    assert await volume.pread(SIZE, 4096) == b""
+    assert await volume.pread(5, 0) == b""
+    assert await volume.pwrite(5, b"") == 0
+    assert await volume.pwrite(SIZE + 5, b"") == 0
+    await volume.flush()
+    assert bench.faults.calls.keys() <= {"open-writable"}
+
+
+async def test_a_write_across_the_end_is_short(bench: Bench, volume: Volume) -> None:
+    assert await volume.pwrite(SIZE - 3, b"across the end") == 3
+    await volume.flush()
+    assert bench.path.read_bytes() == bench.content[:-3] + b"acr"
+
+
+@pytest.mark.parametrize("offset", [SIZE, SIZE + 1, 1 << 62])
+async def test_a_write_past_the_end_is_enospc(bench: Bench, volume: Volume, offset: int) -> None:
+    with raises(errno.ENOSPC):
+        await volume.pwrite(offset, b"x")
+    assert bench.path.read_bytes() == bench.content
+
+
+async def test_bounds_are_those_of_the_last_refresh(bench: Bench, volume: Volume) -> None:
+    with bench.path.open("ab") as file:
+        file.write(b"more")
+    assert await volume.pread(SIZE, 10) == b""
+    assert (await volume.refresh()).size == SIZE + 4
+    assert await volume.pread(SIZE, 10) == b"more"
+    assert await volume.pwrite(SIZE + 3, b"!!") == 1
+
+
+async def test_resize_moves_the_end(bench: Bench, volume: Volume) -> None:
+    await volume.resize(SIZE + 10)
+    assert await volume.pread(SIZE - 1, 100) == bench.content[-1:] + bytes(10)
+    await volume.resize(10)
+    assert await volume.pread(0, 100) == bench.content[:10]
+    with raises(errno.ENOSPC):
+        await volume.pwrite(10, b"x")
+
+
+# ---- sharing ---------------------------------------------------------------------------------------------------
+
+
+async def test_many_handles_share_one_backend_open(bench: Bench) -> None:
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(bench.open)
+    assert bench.faults.calls["open-writable"] == 1
+    (volume,) = bench.table
+    assert volume.handles == 20
+    for left in range(19, -1, -1):
+        assert bench.faults.opened == 1
+        await bench.release()
+        assert volume.handles == left
+    assert bench.faults.opened == 0
+    assert bench.table.get(bench.backend, bench.source) is None
+
+
+async def test_equal_sources_are_one_volume_and_others_are_not(bench: Bench, volumes: Path) -> None:
+    (volumes / "other").write_bytes(b"other")
+    one = await bench.table.open(bench.backend, FileSource(path=str(bench.path)), writable=False)
+    same = await bench.table.open(bench.backend, FileSource(path=str(bench.path)), writable=False)
+    other = await bench.table.open(bench.backend, FileSource(path=str(volumes / "other")), writable=False)
+    assert one is same
+    assert other is not one
+    assert await other.pread(0, 10) == b"other"
+    for source in (bench.source, bench.source, other.source):
+        await bench.table.release(bench.backend, source)
+
+
+async def test_a_read_only_volume_is_opened_read_only(bench: Bench) -> None:
+    volume = await bench.open(writable=False)
+    assert not volume.properties.writable
+    assert bench.faults.calls["open-writable"] == 0
+    await bench.release()
+
+
+async def test_a_volume_turns_writable_while_it_is_read(bench: Bench) -> None:
+    reader = await bench.open(writable=False)
+    bench.faults.stall("pread", offset=5)
+    results: list[bytes] = []
+
+    async def read() -> None:
+        results.append(await reader.pread(0, 10))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(bench.open)  # waits for the read before it closes what that uses
+        with trio.fail_after(5):
+            while not reader.properties.writable:
+                await trio.testing.wait_all_tasks_blocked()
+        assert bench.faults.opened == 2
+        assert await reader.pread(10, 10) == bench.content[10:20]  # others go on, on the new one
+        assert await reader.pwrite(20, b"new") == 3
+        bench.faults.heal()
+    assert results == [bench.content[:10]]
+    assert bench.faults.opened == 1
+    assert reader.handles == 2
+    await bench.release()
+    await bench.release()
+    assert bench.path.read_bytes()[20:23] == b"new"
+
+
+async def test_a_volume_that_cannot_turn_writable_stays_readable(bench: Bench) -> None:
+    reader = await bench.open(writable=False)
+    bench.faults.fail("open-writable", errno.EROFS)
+    with raises(errno.EROFS):
+        await bench.open()
+    assert await reader.pread(0, 10) == bench.content[:10]
+    assert reader.handles == 1
+    bench.faults.heal()
+    assert await bench.open() is reader
+    await bench.release()
+    await bench.release()
+
+
+async def test_a_failed_open_leaves_nothing(bench: Bench) -> None:
+    bench.faults.fail("open-writable", errno.EBUSY)
+    with raises(errno.EBUSY):
+        await bench.open()
+    assert list(bench.table) == []
+    assert bench.faults.calls["aclose"] == 0
+    bench.faults.calls.clear()
+    bench.faults.heal()
+    await bench.open()
+    await bench.release()
+
+
+async def test_a_volume_that_is_opening_does_not_hold_up_another(bench: Bench, volumes: Path) -> None:
+    (volumes / "other").write_bytes(b"other")
+    bench.faults.stall("open-writable")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.open)
+        await trio.testing.wait_all_tasks_blocked()
+        other = FileSource(path=str(volumes / "other"))
+        with trio.fail_after(5):
+            await bench.table.open(bench.backend, other, writable=False)
+            await bench.table.release(bench.backend, other)
+        bench.faults.heal()
+    await bench.release()
+
+
+async def test_an_open_asks_for_the_size_again(bench: Bench, volume: Volume) -> None:
+    with bench.path.open("ab") as file:
+        file.write(b"more")
+    assert (await bench.open()) is volume
+    assert volume.properties.size == SIZE + 4
+    await bench.release()
+
+
+async def test_an_open_that_is_cancelled_leaves_the_count_right(bench: Bench, volume: Volume) -> None:
+    bench.faults.stall("refresh")
+    with trio.move_on_after(0.05):
+        await bench.open()
+    bench.faults.heal()
+    assert volume.handles == 1
+
+
+async def test_closing_waits_for_requests_under_way(bench: Bench) -> None:
+    volume = await bench.open()
+    bench.faults.stall("pwrite")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(volume.pwrite, 0, b"late")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(bench.release)
+        await trio.testing.wait_all_tasks_blocked()
+        assert bench.faults.calls["aclose"] == 0
+        bench.faults.heal()
+    assert bench.path.read_bytes()[:4] == b"late"
+
+
+async def test_a_volume_opened_while_it_closes_is_opened_anew(bench: Bench) -> None:
+    first = await bench.open()
+    await first.pwrite(0, b"one")
+    bench.faults.stall("aclose")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.release)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(bench.open)
+        await trio.testing.wait_all_tasks_blocked()
+        assert bench.faults.calls["open-writable"] == 1
+        bench.faults.heal()
+    (second,) = bench.table
+    assert second is not first
+    assert await second.pread(0, 3) == b"one"
+    await bench.release()
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOSPC])
+async def test_an_error_of_the_backend_keeps_its_errno(bench: Bench, volume: Volume, number: int) -> None:
+    bench.faults.fail("pread", number, offset=50_000)
+    bench.faults.fail("pwrite", number, offset=60_000)
+    with raises(number):
+        await volume.pread(49_990, 20)
+    with raises(number):
+        await volume.pwrite(59_990, bytes(20))
+    assert await volume.pread(0, 50_000) == bench.content[:50_000]  # it is a fault of that place only
+    assert await volume.pwrite(0, b"x") == 1
+
+
+async def test_a_failed_write_wants_a_flush_all_the_same(bench: Bench, volume: Volume) -> None:
+    """Some of it may have been written."""
+    bench.faults.fail("pwrite", errno.EIO)
+    with raises(errno.EIO):
+        await volume.pwrite(0, b"x")
+    await volume.flush()
+    assert bench.faults.calls["flush"] == 1
+
+
+async def test_a_flush_with_nothing_to_flush_does_not_reach_the_backend(bench: Bench, volume: Volume) -> None:
+    await volume.flush()
+    await volume.pwrite(0, b"x")
+    await volume.flush()
+    await volume.flush()
+    assert bench.faults.calls["flush"] == 1
+
+
+async def test_a_flush_covers_the_writes_that_returned_before_it(bench: Bench, volume: Volume) -> None:
+    """And not one that returns while it is under way: that one wants another flush."""
+    await volume.pwrite(0, b"before")
+    bench.faults.stall("flush")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(volume.flush)
+        await trio.testing.wait_all_tasks_blocked()
+        await volume.pwrite(10, b"meanwhile")
+        bench.faults.heal()
+    assert bench.faults.calls["flush"] == 1
+    await volume.flush()
+    assert bench.faults.calls["flush"] == 2
+
+
+async def test_a_failed_flush_is_tried_again(bench: Bench, volume: Volume) -> None:
+    await volume.pwrite(0, b"x")
+    bench.faults.fail("flush", errno.EIO)
+    for _ in range(2):
+        with raises(errno.EIO):
+            await volume.flush()
+    bench.faults.heal()
+    await volume.flush()
+    assert bench.faults.calls["flush"] == 3
+    assert volume.failures == 2
+
+
+async def test_a_failed_flush_is_told_to_each_handle_once(bench: Bench) -> None:
+    (_, one), (_, two), (_, three) = handles = [await bench.open_file() for _ in range(3)]
+    await one.write(0, b"one")
+    await two.write(10, b"two")
+    bench.faults.fail("flush", errno.ENOSPC)
+    with raises(errno.ENOSPC):
+        await one.fsync()
+    bench.faults.heal()
+    with raises(errno.ENOSPC):  # found out by another handle, and concerns this one's writes as well
+        await two.fsync()
+    with raises(errno.ENOSPC):
+        await three.fsync()
+    for handle in (one, two, three):
+        await handle.fsync()
+    number, later = await bench.open_file()
+    await later.fsync()  # opened after that
+    for opened, _ in [*handles, (number, later)]:
+        await bench.files.release(opened)
+
+
+async def test_closing_a_handle_that_wrote_flushes_and_tells(bench: Bench) -> None:
+    number, file = await bench.open_file()
+    await file.close()
+    assert bench.faults.calls["flush"] == 0
+    await file.write(0, b"x")
+    bench.faults.fail("flush", errno.EIO)
+    with raises(errno.EIO):
+        await file.close()
+    bench.faults.heal()
+    await file.close()  # another descriptor of the same handle
+    await bench.files.release(number)
+
+
+async def test_a_handle_that_only_reads_flushes_nothing_when_closed(bench: Bench) -> None:
+    writer_number, writer = await bench.open_file()
+    number, reader = await bench.open_file(RDONLY)
+    await writer.write(0, b"x")
+    await reader.close()
+    assert bench.faults.calls["flush"] == 0
+    with raises(errno.EBADF):
+        await reader.write(0, b"x")
+    await bench.files.release(number)
+    await bench.files.release(writer_number)
+
+
+async def test_an_error_of_the_last_close_is_raised_and_the_volume_is_gone(bench: Bench) -> None:
+    volume = await bench.open()
+    await volume.pwrite(0, b"x")
+    bench.faults.fail("aclose", errno.EIO)
+    with raises(errno.EIO):
+        await bench.release()
+    assert list(bench.table) == []
+    bench.faults.heal()
+    again = await bench.open()
+    assert again is not volume
+    await bench.release()
+
+
+async def test_closing_the_table_closes_all_and_tells_what_failed(bench: Bench, volumes: Path) -> None:
+    sources = [FileSource(path=str(volumes / name)) for name in "abc"]
+    for source in sources:
+        (volumes / source.name).write_bytes(bytes(10))
+        volume = await bench.table.open(bench.backend, source, writable=True)
+        await volume.pwrite(0, source.name.encode())
+    bench.faults.fail("aclose", errno.EIO)
+    errors = await bench.table.aclose()
+    assert [error.errno for error in errors] == [errno.EIO] * 3
+    assert [(volumes / name).read_bytes()[:1] for name in "abc"] == [b"a", b"b", b"c"]
+
+
+async def test_closing_the_table_closes_side_by_side(bench: Bench, volumes: Path) -> None:
+    for name in "abc":
+        (volumes / name).write_bytes(bytes(10))
+        await bench.table.open(bench.backend, FileSource(path=str(volumes / name)), writable=False)
+    bench.faults.stall("aclose")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.table.aclose)
+        await trio.testing.wait_all_tasks_blocked()
+        assert bench.faults.stalled == 3
+        bench.faults.heal()
+
+
+async def test_waiting_for_a_release_returns_with_it(bench: Bench) -> None:
+    await bench.open()
+    done = trio.Event()
+
+    async def wait() -> None:
+        await bench.table.wait_changed(lambda: bench.table.get(bench.backend, bench.source) is None)
+        done.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not done.is_set()
+        await bench.release()
+
+
+# ---- backends --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FaultyFileBackend]:
+    """The backends of driver `file` that were made, in order, each a faulty one."""
+    found: list[FaultyFileBackend] = []
+
+    class Recorded(FaultyFileBackend):
+        def __init__(self, name: str, settings: FileSettings) -> None:
+            super().__init__(name, settings)
+            found.append(self)
+
+    monkeypatch.setattr("faults.RecordedBackend", Recorded, raising=False)
+    monkeypatch.setitem(DRIVERS, "file", Registration("faults", "RecordedBackend"))
+    return found
+
+
+def file_source(directory: Path, name: str, content: bytes = b"content") -> FileSource:
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_bytes(content)
+    return FileSource(path=str(directory / name))
+
+
+async def test_a_configured_backend_serves_its_own_and_is_never_released(
+    made: list[FaultyFileBackend], volumes: Path
+) -> None:
+    configured = FaultyFileBackend("files", FileSettings(path=str(volumes)))
+    backends = Backends({"files": configured})
+    backend = backends.acquire(file_source(volumes, "disk"))
+    assert backend is configured
+    await backends.release(backend)
+    assert configured.faults.calls["release"] == 0
+    assert made == []
+    await backends.aclose()
+    assert configured.faults.calls["release"] == 1
+
+
+async def test_a_backend_made_on_demand_is_shared_and_goes_with_its_last_user(
+    made: list[FaultyFileBackend], volumes: Path
+) -> None:
+    backends = Backends({})
+    sources = [file_source(volumes, name) for name in ("one", "two")]
+    first, second = (backends.acquire(source) for source in sources)
+    assert first is second is made[0]
+    await backends.release(first)
+    assert made[0].faults.calls["release"] == 0
+    await backends.release(second)
+    assert made[0].faults.calls["release"] == 1
+    third = backends.acquire(sources[0])
+    assert third is made[1]
+    await backends.release(third)
+    assert made[1].faults.calls["release"] == 1
+
+
+async def test_sources_of_other_places_get_backends_of_their_own(
+    made: list[FaultyFileBackend], volumes: Path
+) -> None:
+    backends = Backends({})
+    here = backends.acquire(file_source(volumes / "here", "disk"))
+    there = backends.acquire(file_source(volumes / "there", "disk"))
+    assert here is not there
+    await backends.aclose()
+    assert [backend.faults.calls["release"] for backend in made] == [1, 1]
+
+
+async def test_an_open_volume_keeps_the_backend_made_for_it(
+    made: list[FaultyFileBackend], volumes: Path
+) -> None:
+    backends = Backends({})
+    table = VolumeTable(backends)
+    source = file_source(volumes, "disk")
+    backend = backends.acquire(source)
+    await table.open(backend, source, writable=False)
+    await backends.release(backend)
+    assert made[0].faults.calls["release"] == 0
+    await table.release(backend, source)
+    assert made[0].faults.calls["release"] == 1
+
+
+# ---- attachments -----------------------------------------------------------------------------------------------
+
+
+async def test_an_attachment_lives_as_long_as_a_lease_is_on_it(
+    made: list[FaultyFileBackend], volumes: Path
+) -> None:
+    attachments = Attachments(Backends({}))
+    source = file_source(volumes, "disk")
+    one, first = await attachments.attach(source, None)
+    two, second = await attachments.attach(source, None)
+    assert one is two
+    assert one.name == "disk"
+    assert first != second
+    assert attachments.find("disk") is attachments.find(source.url) is one
+    attachments.give_up(first)
+    await attachments.remove_unleased(one)
+    assert attachments.get("disk") is one
+    assert attachments.give_up(first) is None  # given up before
+    assert attachments.give_up(second) is one
+    await attachments.remove_unleased(one)
+    assert len(attachments) == 0
+    assert [backend.faults.calls["release"] for backend in made] == [1]
+
+
+async def test_attaching_opens_nothing(made: list[FaultyFileBackend], volumes: Path) -> None:
+    attachments = Attachments(Backends({}))
+    attachment, lease = await attachments.attach(file_source(volumes, "disk"), None)
+    assert made[0].faults.calls.keys() <= {"stat"}
+    attachments.give_up(lease)
+    await attachments.remove_unleased(attachment)
+
+
+async def test_attaching_what_is_not_there_fails_and_leaves_nothing(
+    made: list[FaultyFileBackend], volumes: Path
+) -> None:
+    attachments = Attachments(Backends({}))
+    with pytest.raises(VolumeNotFound):
+        await attachments.attach(FileSource(path=str(volumes / "missing")), None)
+    assert len(attachments) == 0
+    assert made[0].faults.calls["release"] == 1
+
+
+async def test_one_name_is_for_one_volume(made: list[FaultyFileBackend], volumes: Path) -> None:
+    backends = Backends({})
+    attachments = Attachments(backends)
+    disk, other = file_source(volumes / "a", "disk"), file_source(volumes / "b", "disk")
+    await attachments.attach(disk, "disk")
+    with raises(errno.EEXIST):
+        await attachments.attach(other, "disk")
+    with raises(errno.EEXIST):
+        await attachments.attach(msgspec.structs.replace(disk, read_only=True), "disk")
+    await attachments.attach(other, "another")
+    assert sorted(attachment.name for attachment in attachments) == ["another", "disk"]
+    assert made[1].faults.calls["release"] == 1  # of the attempt under the taken name
+    await backends.aclose()
+
+
+async def test_a_volume_whose_own_name_is_taken_gets_a_number_behind_it(volumes: Path) -> None:
+    attachments = Attachments(Backends({}))
+    disk, other = file_source(volumes / "a", "disk"), file_source(volumes / "b", "disk")
+    names = [(await attachments.attach(source, None))[0].name for source in (disk, other, disk, other)]
+    assert names == ["disk", "disk-2", "disk", "disk-2"]
+
+
+async def test_the_same_volume_may_have_two_names(volumes: Path) -> None:
+    attachments = Attachments(Backends({}))
+    source = file_source(volumes, "disk")
+    one, _ = await attachments.attach(source, "one")
+    two, _ = await attachments.attach(source, "two")
+    assert one.backend is two.backend
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "x" * 256, "é" * 128])
+async def test_a_name_that_no_file_can_have_is_refused(volumes: Path, name: str) -> None:
+    with pytest.raises(SourceError):
+        await Attachments(Backends({})).attach(file_source(volumes, "disk"), name)
+
+
+async def test_racing_attachments_of_one_volume_share_it(
+    made: list[FaultyFileBackend], volumes: Path
+) -> None:
+    attachments = Attachments(Backends({}))
+    source = file_source(volumes, "disk")
+    leases: list[int] = []
+
+    async def attach() -> None:
+        leases.append((await attachments.attach(source, None))[1])
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(attach)
+    assert len(set(leases)) == 10
+    (attachment,) = attachments
+    for lease in leases:
+        attachments.give_up(lease)
+    await attachments.remove_unleased(attachment)
+    assert sum(backend.faults.calls["release"] for backend in made) == len(made)
