@@ -21,6 +21,7 @@ import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mounts import Mount
 from targets import IQN, Target, Tgtd, free_port, proxy, running_tgtd
 
 from volfs.backends import iscsi_volume
@@ -106,10 +107,28 @@ async def test_lists_targets_and_their_disks_and_leaves_no_session(target: Targe
 
 async def test_a_listing_is_one_login_for_all_its_files(target: Target) -> None:
     async with proxy(target.tgtd.port) as between:
-        san = backend(between.portal)
-        for info in await san.list((IQN,)):
-            assert await san.lookup((IQN, info.name)) == info
+        assert len(await backend(between.portal).list((IQN,))) == 3
         assert between.connections == 1
+
+
+async def test_looking_files_up_asks_for_the_targets_once(target: Target) -> None:
+    async with proxy(target.tgtd.port) as between:
+        san = backend(between.portal)
+        for _ in range(5):
+            assert await san.lookup((IQN,)) == Directory(IQN)
+        assert between.connections == 1
+
+
+async def test_ls_of_a_target_logs_in_once(target: Target, mount: Callable[..., Mount]) -> None:
+    """The kernel gets the attributes with the names, so `ls -l` does not ask for each file."""
+    async with proxy(target.tgtd.port) as between:
+        mounted = await trio.to_thread.run_sync(mount, f"iscsi://{between.portal}")
+        directory = mounted.path / "iscsi" / IQN
+        await trio.run_process(["stat", directory], capture_stdout=True)
+        before = between.connections
+        done = await trio.run_process(["ls", "-l", directory], capture_stdout=True)
+        assert len(done.stdout.splitlines()) == 4, done.stdout
+        assert between.connections - before == 1
 
 
 @pytest.mark.parametrize(

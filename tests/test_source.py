@@ -13,14 +13,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from volfs.attached import check_name
-from volfs.backends import DRIVERS, backend_class, caller_environment
+from volfs.backends import DRIVERS, backend_class, caller_environment, is_url
 from volfs.backends.base import Source
 from volfs.backends.block import BlockSource
 from volfs.backends.file import FileSource
 from volfs.backends.rbd import RbdBackend, RbdSource
 from volfs.backends.rbd_cluster import ClusterAccess, access_from_environment
 from volfs.errors import SourceError
-from volfs.backends import is_url
 from volfs.source import parse_connection_info, parse_prefix, parse_source
 
 KEY = "AQDoSekretSekretSekretSekretSekretSekretA=="

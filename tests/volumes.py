@@ -106,7 +106,7 @@ class StoredVolume(abc.ABC):
     def users(self) -> list[str]:
         """Who has it open, as the storage tells: a watcher, a session, a process."""
 
-    def evict(self) -> None:
+    def evict(self) -> None:  # noqa: B027 - most storages notice by themselves
         """Make the storage give up users that died, where it would wait for them; as an operator may."""
 
     @abc.abstractmethod

@@ -19,7 +19,7 @@ from typing import IO, Any
 from volfs import control
 from volfs.backends import caller_environment, is_url
 from volfs.control import Attach, Attached, Client, Detach, Done, Status, StatusReply, Unmount
-from volfs.errors import ControlError, MountError
+from volfs.errors import ControlError, MountError, SourceError
 
 ATTACH_SECONDS = 180.0  # for a backend to be connected to, and asked
 CLOSE_SECONDS = 60.0  # for the backend to let go of a volume
@@ -50,6 +50,8 @@ def open_volume(
 
     Raises SourceError, VolumeNotFound, BackendError, ControlError, MountError, or what open() raises.
     """
+    # What open() would refuse, it refuses here, before anything is attached.
+    open(os.devnull, mode.replace("x", "w"), buffering, encoding, errors, newline).close()
     lease = _Lease(source, name, socket_path)
     try:
         _check_mounted(lease.attached.path)
@@ -82,9 +84,7 @@ def attach(
     socket_path: str | None = None,
 ) -> tuple[Attached, Client]:
     """Attach a volume; returns what it is called now, and the connection. With `hold` it stays as long as that."""
-    url, info = (source, None) if isinstance(source, str) else (None, dict(source))
-    environment = caller_environment(os.environ)
-    request = Attach(source=url, connection_info=info, name=name, hold=hold, environment=environment)
+    request = _attach_request(source, name, hold)
     while True:
         client = connect(socket_path)
         try:
@@ -162,6 +162,22 @@ def connect(socket_path: str | None = None) -> Client:
                 raise
         _start_daemon(path)
     return Client(path)
+
+
+def _attach_request(source: object, name: str | None, hold: bool) -> Attach:
+    """The request for a source; SourceError for what cannot be one, before a daemon is started to say so."""
+    if not isinstance(source, str | Mapping):
+        raise SourceError(f"expected a URL or a connection info, not {type(source).__name__}")
+    url, info = (source, None) if isinstance(source, str) else (None, dict(source))
+    environment = caller_environment(os.environ)
+    request = Attach(source=url, connection_info=info, name=name, hold=hold, environment=environment)
+    try:
+        length = len(control.encode(request))
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise SourceError(f"expected a source of UTF-8 text, or of what JSON has: {exc}") from exc
+    if length > control.MAX_MESSAGE:
+        raise SourceError(f"expected a source of at most {control.MAX_MESSAGE} bytes, not {length}")
+    return request
 
 
 class _Lease:

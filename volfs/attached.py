@@ -26,6 +26,10 @@ class Attachment:
     info: VolumeInfo
     leases: set[int] = field(default_factory=set)
 
+    def same_volume(self, other: Attachment) -> bool:
+        """Whether both show one volume, though their names may differ."""
+        return self.backend is other.backend and self.info.source == other.info.source
+
 
 class Attachments:
     """The attached volumes by name. A lease is a number that one client holds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +22,6 @@ CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, source or configuration."
 app = typer.Typer(
     name="volfs",
     help="Block volumes of Ceph RBD, iSCSI and local storage as regular files.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -41,15 +41,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
 def main() -> None:
     """Entry point of the volfs command."""
     try:
-        app()
+        sys.exit(app(prog_name="volfs", standalone_mode=False))
+    except typer.TyperException as exc:
+        context = getattr(exc, "ctx", None)
+        command = context.command_path if context else "volfs"
+        _fail(f"{exc.format_message().rstrip('.')}; see {command} --help", WRONG_USE)
     except (SourceError, ConfigError) as exc:
-        _fail(exc, WRONG_USE)
+        _fail(error_text(exc), WRONG_USE)
     except OSError as exc:
         if isinstance(exc, BrokenPipeError):  # `volfs ls | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail(exc, FAILED)
-    except KeyboardInterrupt:
-        sys.exit(130)
+            sys.exit(FAILED)
+        _fail(error_text(exc), FAILED)
 
 
 @app.command(epilog=f"Example: volfs mount /mnt rbd:volumes --daemon. {CODES}")
@@ -88,8 +91,7 @@ def mount(
     line = f"{mountpoint}: ready ({what})"
     if daemon:
         arguments = [os.path.abspath(mountpoint), *(prefixes or []), *(["-o", options] if options else [])]
-        for option, value in (("--config", config and os.path.abspath(config)), ("--socket", socket)):
-            arguments += [option, value] if value else []
+        arguments += ["--config", os.path.abspath(config)] if config else []
         arguments += ["--exit-idle", str(exit_idle)] if exit_idle is not None else []
         mounting.serve_in_background([*arguments, *(["-v"] if verbose else [])], socket)
         print(line)
@@ -224,15 +226,24 @@ def copy(
 
 
 @app.command(
-    epilog="Example: volfs verify rbd:volumes/disk-1 disk-1.raw. Exit codes: 0 same, 1 different or failed."
+    epilog="Example: volfs verify rbd:volumes/disk-1 disk-1.raw. "
+    "Exit codes: 0 same, 1 different or failed, 2 wrong usage or source."
 )
-def verify(source: Side, target: Side, quiet: Quiet = False, conf: Conf = None, id: Id = None) -> None:
+def verify(
+    source: Side,
+    target: Side,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    conf: Conf = None,
+    id: Id = None,
+) -> None:
     """Compare a volume with its copy, which may be larger."""
     from volfs import endpoint, progress
 
     _ceph_environment(conf, id)
     with progress.show("verify", quiet=quiet) as shown:
-        print(endpoint.verify(source, target, progress=shown))
+        summary = endpoint.verify(source, target, progress=shown)
+    print(json.dumps(summary.as_dict()) if as_json else summary)
 
 
 @app.command(epilog=f"Example: volfs status --json. {CODES}")
@@ -251,20 +262,23 @@ def _ceph_environment(conf: str | None, id: str | None) -> None:
     if conf:
         os.environ["CEPH_CONF"] = os.path.abspath(conf)
     if id:
-        os.environ["CEPH_ARGS"] = f"{os.environ.get('CEPH_ARGS', '')} --id {id}".strip()
+        os.environ["CEPH_ARGS"] = f"{os.environ.get('CEPH_ARGS', '')} --id {shlex.quote(id)}".strip()
 
 
 def _read_json(path: str) -> Any:
     try:
         if path == "-":
-            return json.load(sys.stdin)
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as exc:
+            info = json.load(sys.stdin)
+        else:
+            with open(path) as file:
+                info = json.load(file)
+    except (ValueError, RecursionError) as exc:
         raise SourceError(f"{path}: expected a connection info as JSON: {exc}") from exc
+    if not isinstance(info, dict):
+        raise SourceError(f"{path}: expected a connection info, an object, not {type(info).__name__}")
+    return info
 
 
-def _fail(exc: OSError, code: int) -> NoReturn:
-    if not isinstance(exc, BrokenPipeError):
-        print(f"volfs: {error_text(exc)}", file=sys.stderr)
+def _fail(text: str, code: int) -> NoReturn:
+    print(f"volfs: {text}", file=sys.stderr)
     sys.exit(code)

@@ -108,7 +108,7 @@ class Daemon:
         """End, after the kernel has written back what programs changed by mmap."""
         self._stopping = True
         with trio.move_on_after(WRITE_BACK_SECONDS) as scope:
-            await session.write_back(self._mountpoint)
+            await session.write_back(self._files.written_inodes())
         if scope.cancelled_caught:
             log.error("the kernel has not written back everything in %g s", WRITE_BACK_SECONDS)
         session.stop()
@@ -186,9 +186,10 @@ class Daemon:
                 raise VolumeNotFound(f"lease {request.lease}: this client holds no such lease")
             if attachment is None:  # `volfs detach` took it away before
                 return control.Done()
-            # Of several leases of one process on one volume, the last one waits for its handles.
+            # Of several leases of one process on one volume, by whatever name, the last one waits for its handles.
+            leases = {lease for it in self._attachments if it.same_volume(attachment) for lease in it.leases}
             if not any(
-                other is not client and other.pid == client.pid and other.leases & attachment.leases
+                other is not client and other.pid == client.pid and other.leases & leases
                 for other in self._clients
             ):
                 await self._wait_for_handles(attachment, request.wait, client.pid)
@@ -215,12 +216,13 @@ class Daemon:
             raise VolumeNotFound(f"{name}: nothing of that name, URL or path is attached")
         return attachment
 
-    def _handles(self, attachment: Attachment, pid: int | None = None) -> list[OpenFile]:
+    def _handles(self, attachment: Attachment, closing_pid: int | None = None) -> list[OpenFile]:
+        """The handles on the attached volume: all, or those that a process is closing."""
         files = self._files.of(attachment.backend, attachment.info.source)
-        return [file for file in files if pid is None or file.pid == pid]
+        return [file for file in files if closing_pid is None or (file.closing and file.pid == closing_pid)]
 
     async def _wait_for_handles(self, attachment: Attachment, seconds: float, pid: int | None) -> None:
-        """Wait for the handles of process `pid`, or all, to be closed. EBUSY after `seconds`.
+        """Wait for the handles that process `pid` is closing, or all, to be closed. EBUSY after `seconds`.
 
         close(2) returns before the kernel tells of the release, so even a good client's detach comes early.
         """

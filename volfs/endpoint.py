@@ -88,15 +88,17 @@ def open_endpoint(text: str, *, writable: bool = False) -> Iterator[Endpoint]:
 
 
 def _open_path(path: str, writable: bool) -> IO[bytes]:
+    # O_NONBLOCK: a FIFO would make us wait for its other end; files and block devices ignore it.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
     try:
-        number = os.open(path, os.O_CLOEXEC | (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY), 0o600)
+        number = os.open(path, flags, 0o600)
     except OSError as exc:
         raise VolfsError(f"{path}: {exc.strerror}", exc.errno) from exc
-    file = os.fdopen(number, "r+b" if writable else "rb", 0)
-    if not (stat.S_ISREG(os.fstat(number).st_mode) or stat.S_ISBLK(os.fstat(number).st_mode)):
-        file.close()
+    mode = os.fstat(number).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        os.close(number)
         raise VolfsError(f"{path}: expected a file, a volume or a block device", errno.EINVAL)
-    return file
+    return os.fdopen(number, "r+b" if writable else "rb", 0)
 
 
 def _on_mount(path: str) -> bool:

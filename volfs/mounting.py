@@ -53,7 +53,8 @@ def serve_in_background(arguments: Sequence[str], socket_path: str | None) -> No
 
     Its log is `<control socket>.log`. A new process, not a fork: nothing of the caller is left in it.
     """
-    log_path = os.path.abspath(socket_path or control.default_socket()) + ".log"
+    path = os.path.abspath(socket_path or control.default_socket())
+    log_path = path + ".log"
     private_directory(os.path.dirname(log_path))
     reader, writer = os.pipe()
     # Appended to: the log may be that of a daemon that serves at this socket already.
@@ -63,7 +64,7 @@ def serve_in_background(arguments: Sequence[str], socket_path: str | None) -> No
     log_begin = os.fstat(log_number).st_size
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "volfs", "mount", *arguments, "--ready-fd", str(writer)],
+            [sys.executable, "-m", "volfs", "mount", *arguments, "--socket", path, "--ready-fd", str(writer)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log_number,
@@ -75,7 +76,13 @@ def serve_in_background(arguments: Sequence[str], socket_path: str | None) -> No
         os.close(writer)
         os.close(log_number)
     with os.fdopen(reader, "rb") as pipe:
-        if pipe.read() == READY:
+        try:
+            told = pipe.read()
+        except BaseException:  # Ctrl-C: nobody is there any more to use it, or to unmount it
+            process.terminate()
+            process.wait()
+            raise
+        if told == READY:
             process.returncode = 0  # it goes on without us; keep subprocess from warning about that
             return
     code = process.wait()

@@ -133,7 +133,8 @@ class BlockBackend(Backend):
     def _scan(self) -> Sequence[Entry]:
         paths = list(self.settings.devices)
         if self.settings.path is not None:
-            paths += [entry.path for entry in os.scandir(self.settings.path)]
+            with os.scandir(self.settings.path) as entries:
+                paths += [entry.path for entry in entries]
         infos: list[Entry] = []
         for path in paths:
             try:

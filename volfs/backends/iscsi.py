@@ -11,12 +11,13 @@ import logging
 import random
 import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+import msgspec
 import trio
 
 from volfs.backends import iscsi_source
@@ -29,12 +30,10 @@ from volfs.errors import BackendError, VolfsError, VolumeNotFound
 
 log = logging.getLogger(__name__)
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 THREADS = 4  # for host names to be resolved
 SHORT_SESSIONS = 4  # under way at once, of those that only list or describe
-REMEMBER_SECONDS = 1.0  # `ls -l` asks again for each file that it has just got in the list
+REMEMBER_SECONDS = 1.0  # a target's name is believed so long, for all the paths that lead through it
+LONG_AGO = float("-inf")
 INITIATOR_FILE = Path("/etc/iscsi/initiatorname.iscsi")
 
 
@@ -50,8 +49,9 @@ class IscsiBackend(Backend):
         super().__init__(name, settings)
         self._threads = trio.CapacityLimiter(THREADS)
         self._short_sessions = trio.CapacityLimiter(SHORT_SESSIONS)
-        self._targets = _Remembered[None, tuple[str, ...]](self._discover)
-        self._disks = _Remembered[IscsiSource, VolumeInfo](self._stat)
+        self._discovering = trio.Lock()
+        self._targets: tuple[str, ...] = ()
+        self._discovered_at = LONG_AGO
 
     @classmethod
     def parse_url(cls, rest: str, environment: Mapping[str, str]) -> IscsiSource:
@@ -90,7 +90,7 @@ class IscsiBackend(Backend):
 
     async def list(self, path: Sequence[str]) -> list[Entry]:
         if not path:
-            return [Directory(iqn) for iqn in await self._targets.get(None)]
+            return [Directory(iqn) for iqn in await self._discover()]
         iqn = self._target(path)
         async with self._short_sessions, self._session(self._source(iqn, 0)) as session:
             infos: list[Entry] = []
@@ -109,7 +109,7 @@ class IscsiBackend(Backend):
                     return
                 if disk is not None:
                     source = self._source(iqn, number)
-                    infos.append(self._disks.put(source, self._info(source, disk)))
+                    infos.append(self._info(source, disk))
 
             async with trio.open_nursery() as nursery:
                 for number, address in (await list_luns(session)).items():
@@ -122,7 +122,8 @@ class IscsiBackend(Backend):
         iqn = self._target(path[:1])
         if len(path) == 1:
             # One exchange, however many targets there are. (libiscsi cannot ask for a single name.)
-            if iqn not in await self._targets.get(None):
+            recent = self._discovered_at + REMEMBER_SECONDS > trio.current_time()
+            if not (recent and iqn in self._targets) and iqn not in await self._discover():
                 raise VolumeNotFound(f"iscsi://{self.settings.portals[0]}: no target {iqn}")
             return Directory(iqn)
         if len(path) > 2 or not re.fullmatch(r"0|[1-9]\d{0,4}", path[1], re.ASCII):
@@ -131,7 +132,9 @@ class IscsiBackend(Backend):
 
     async def stat(self, source: Source) -> VolumeInfo:
         assert isinstance(source, IscsiSource)
-        return await self._disks.get(source)
+        listed = msgspec.structs.replace(self._source(source.iqn, source.lun), read_only=source.read_only)
+        async with self._short_sessions, self._session(source) as session:
+            return self._info(listed, await find_disk(session, source.lun))
 
     async def open(self, source: Source, *, writable: bool) -> IscsiVolume:
         assert isinstance(source, IscsiSource)
@@ -143,17 +146,20 @@ class IscsiBackend(Backend):
                 raise BackendError(f"{source.url}: write-protected by the target", errno.EROFS)
             return IscsiVolume(session, disk, writable=writable, timeout=self.settings.timeout)
 
-    async def _stat(self, source: IscsiSource) -> VolumeInfo:
-        async with self._short_sessions, self._session(source) as session:
-            return self._info(source, await find_disk(session, source.lun))
-
-    async def _discover(self, _: None) -> tuple[str, ...]:
+    async def _discover(self) -> tuple[str, ...]:
+        """The targets there are. Who asks while another waits for the answer shares it."""
         if self.settings.targets:
             return self.settings.targets
-        async with self._short_sessions:
-            login = await self._login(self._source("", 0))
-            names = await discover(login, self.settings.timeout, self._threads)
-        return tuple(dict.fromkeys(filter(is_iscsi_name, names)))
+        asked = trio.current_time()
+        async with self._discovering:
+            if self._discovered_at <= asked:
+                begun = trio.current_time()
+                async with self._short_sessions:
+                    login = await self._login(self._source("", 0))
+                    names = await discover(login, self.settings.timeout, self._threads)
+                self._targets = tuple(dict.fromkeys(filter(is_iscsi_name, names)))
+                self._discovered_at = begun
+        return self._targets
 
     def _target(self, path: Sequence[str]) -> str:
         iqn = path[0]
@@ -236,34 +242,6 @@ class IscsiBackend(Backend):
             reason = exc.strerror if isinstance(exc, OSError) else "not text"
             raise BackendError(f"backend {self.name}: {path}: {reason}", errno.EACCES) from None
         return text.rstrip("\r\n")
-
-
-class _Remembered(Generic[K, V]):
-    """Answers remembered for REMEMBER_SECONDS; who asks for the same at the same time gets the same answer."""
-
-    def __init__(self, ask: Callable[[K], Awaitable[V]]) -> None:
-        self._ask = ask
-        self._known: dict[K, tuple[float, V]] = {}
-        self._asking: dict[K, trio.Lock] = {}
-
-    def put(self, key: K, value: V) -> V:
-        now = trio.current_time()
-        for old in [old for old, (since, _) in self._known.items() if since + REMEMBER_SECONDS <= now]:
-            del self._known[old]
-        self._known[key] = now, value
-        return value
-
-    async def get(self, key: K) -> V:
-        lock = self._asking.setdefault(key, trio.Lock())
-        try:
-            async with lock:
-                since, value = self._known.get(key, (-REMEMBER_SECONDS, None))
-                if value is not None and trio.current_time() < since + REMEMBER_SECONDS:
-                    return value
-                return self.put(key, await self._ask(key))
-        finally:
-            if not lock.locked():
-                self._asking.pop(key, None)
 
 
 def default_initiator_name() -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import trio
 
 from volfs.backends.base import BackendVolume, Properties
-from volfs.errors import BackendError, VolumeNotFound
+from volfs.errors import BackendError, VolfsError, VolumeNotFound
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ def local_errors(doing: str, name: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise VolumeNotFound(f"{name}: no such file or device") from exc
     except OSError as exc:
-        if isinstance(exc, BackendError):
+        if isinstance(exc, VolfsError):
             raise
         raise BackendError(f"{name}: {doing}: {exc.strerror}", exc.errno) from exc
 

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import shlex
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ from volfs.errors import BackendError, BackendTimeout, SourceError, VolfsError, 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_environment = threading.Lock()
 
 THREADS = 8  # blocking calls (connect, list, describe) under way at once for one cluster
 
@@ -241,12 +244,14 @@ class Cluster:
         access = self.access
         if access.conf is not None and not os.access(access.conf, os.R_OK):
             raise BackendError(f"{access.conf}: cannot read this Ceph configuration", errno.ENOENT)
-        cluster = rados.Rados(rados_id=access.client, clustername=access.cluster or "")
+        with _own_ceph_args_hidden():
+            cluster = rados.Rados(rados_id=access.client, clustername=access.cluster or "")
         try:
-            if access.conf is not None:
-                cluster.conf_read_file(access.conf)
-            elif os.path.exists(f"/etc/ceph/{access.cluster or 'ceph'}.conf") or not access.monitors:
-                cluster.conf_read_file()
+            with _own_ceph_args_hidden():
+                if access.conf is not None:
+                    cluster.conf_read_file(access.conf)
+                elif os.path.exists(f"/etc/ceph/{access.cluster or 'ceph'}.conf") or not access.monitors:
+                    cluster.conf_read_file()
             if access.arguments:
                 cluster.conf_parse_argv(list(access.arguments))
             for option, value in self._options().items():
@@ -275,6 +280,18 @@ class Cluster:
             # Given in memory: os-brick writes such keys to temporary files, which it forgets when attach fails.
             options["key"] = access.key
         return options
+
+
+@contextmanager
+def _own_ceph_args_hidden() -> Iterator[None]:
+    """librados adds CEPH_ARGS to each configuration it reads. A client means its own, which are in its access."""
+    with _environment:
+        arguments = os.environ.pop("CEPH_ARGS", None)
+        try:
+            yield
+        finally:
+            if arguments is not None:
+                os.environ["CEPH_ARGS"] = arguments
 
 
 @contextmanager

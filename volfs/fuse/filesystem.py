@@ -190,7 +190,7 @@ class Filesystem(pyfuse3.Operations):
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         with _errors("read"):
-            return await self._files[fh].volume.pread(off, size)
+            return await self._files[fh].read(off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         with _errors("write"):

@@ -22,10 +22,16 @@ class OpenFile:
     writable: bool
     pid: int  # who opened it, 0 when not in our namespace
     failures_seen: int
+    closing: bool = False  # close(2) was called, on what may be one of several descriptors
+
+    async def read(self, offset: int, length: int) -> bytes:
+        self.closing = False
+        return await self.volume.pread(offset, length)
 
     async def write(self, offset: int, data: bytes) -> int:
         if not self.writable:
             raise VolfsError("not open for writing", errno.EBADF)
+        self.closing = False
         try:
             return await self.volume.pwrite(offset, data)
         finally:
@@ -48,6 +54,7 @@ class OpenFile:
         through any handle that it finds. One that may not, makes sure that the volume is still there: RBD answers
         reads of an image that was removed meanwhile with zeros.
         """
+        self.closing = True
         if self.writable:
             await self.fsync()
         else:
@@ -73,6 +80,10 @@ class OpenFiles:
         return [
             it for it in self._files.values() if it.node.backend is backend and it.node.info.source == source
         ]
+
+    def written_inodes(self) -> set[int]:
+        """The files that are open for writing, or mapped."""
+        return {file.node.inode for file in self._files.values() if file.writable}
 
     async def open(self, node: VolumeNode, flags: int, pid: int) -> int:
         """Open the node's volume; returns the handle's number. EROFS for a write to what is read-only."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pyfuse3
@@ -30,14 +29,15 @@ def prepare_mountpoint(path: str) -> None:
     What a killed volfs left mounted (every access answers ENOTCONN) is unmounted first.
     """
     try:
-        if not os.path.isdir(path):
-            os.stat(path)
-            raise MountError(f"{path}: expected a directory to mount on", errno.ENOTDIR)
+        # It always asks; what stat(2) tells, the kernel may remember of a daemon that just died.
+        os.statvfs(path)
     except OSError as exc:
         if exc.errno != errno.ENOTCONN:
             raise MountError(f"{path}: {exc.strerror}", exc.errno) from exc
         log.warning("%s: unmounting what a dead daemon left behind", path)
         unmount(path, lazy=True)
+    if not os.path.isdir(path):
+        raise MountError(f"{path}: expected a directory to mount on", errno.ENOTDIR)
     if os.path.ismount(path):
         raise MountError(f"{path}: something is mounted there already", errno.EBUSY)
     if os.listdir(path):
@@ -120,15 +120,14 @@ async def wait_ready(path: str, inside: str) -> None:
     await trio.to_thread.run_sync(os.stat, os.path.join(path, inside), abandon_on_cancel=True)
 
 
-async def write_back(path: str) -> None:
-    """Have the kernel send what mmap left in its page cache. `serve` must go on meanwhile."""
+async def write_back(inodes: Iterable[int]) -> None:
+    """Have the kernel send what mmap left in its page cache for these files. `serve` must go on meanwhile.
 
-    def syncfs() -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    Not by syncfs(2): for FUSE the kernel begins to write and does not wait. Dropping a file's cache writes its dirty
+    pages first, and returns when that is answered.
+    """
+    for inode in inodes:
         try:
-            # Not pyfuse3.syncfs, which keeps the interpreter's lock, and our own loop from answering.
-            ctypes.CDLL(None).syncfs(descriptor)
-        finally:
-            os.close(descriptor)
-
-    await trio.to_thread.run_sync(syncfs, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
+        except OSError as exc:  # forgotten, or unmounted
+            log.debug("inode %d: %s", inode, exc)
