@@ -542,6 +542,14 @@ def test_copy_between_volumes_and_verify(ask: Run, stored: dict[str, StoredVolum
     failed(differs, 1, f"contents differ at offset {expected}")
 
 
+def test_copy_between_volumes_of_one_name(ask: Run, tmp_path: Path) -> None:
+    for directory, content in (("one", DATA), ("other", bytes(SIZE))):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "disk").write_bytes(content)
+    succeeded(ask("copy", "-q", f"file:{tmp_path}/one/disk", f"file:{tmp_path}/other/disk"))
+    assert (tmp_path / "other" / "disk").read_bytes() == DATA
+
+
 def test_copy_of_ordinary_files_needs_no_daemon(run: Run, tmp_path: Path, no_daemon: dict[str, str]) -> None:
     (tmp_path / "a").write_bytes(DATA)
     assert run("copy", "-q", tmp_path / "a", tmp_path / "b", **no_daemon).code == 0

@@ -8,10 +8,11 @@ import mmap
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,39 @@ def test_the_ready_line_comes_when_io_works(place: Path, disk: Path) -> None:
     assert rest == ""
     assert not is_mounted(path)
     assert not (place / "control").exists()
+
+
+def test_a_signal_before_it_is_ready_ends_it(place: Path, disk: Path) -> None:
+    require_fuse()
+    path = place / "mnt"
+    path.mkdir()
+    command = [*VOLFS, "mount", str(path), f"file:{disk.parent}", "--socket", str(place / "control")]
+    for _ in range(5):
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            wait_until(lambda: is_mounted(path), "it is mounted", END_SECONDS)
+            process.send_signal(signal.SIGTERM)
+            try:
+                _, log = process.communicate(timeout=END_SECONDS)
+            finally:
+                process.kill()
+        # As early as this it may not even listen for signals, but it must not hang.
+        assert process.returncode in (0, -signal.SIGTERM), log
+        if is_mounted(path):
+            subprocess.run(["fusermount3", "-uz", path], check=True)
+
+
+def test_more_clients_than_descriptors_do_not_end_it(place: Path, disk: Path) -> None:
+    volfs = ["prlimit", "--nofile=48:48", *VOLFS]
+    with mounted(place, [f"file:{disk.parent}"], volfs=volfs) as mount:
+        with ExitStack() as clients:
+            for _ in range(60):
+                client = clients.enter_context(socket.socket(socket.AF_UNIX))
+                client.connect(str(mount.socket))
+            wait_until(lambda: "cannot accept" in mount.log, "it runs out of descriptors")
+            assert sorted(os.listdir(mount.path)) == ["attached", "file"]
+        assert mount.volfs("status").returncode == 0
 
 
 def test_in_the_background_it_returns_when_io_works(place: Path, disk: Path) -> None:
@@ -249,6 +283,7 @@ while True:
     [
         ("rbd", signal.SIGTERM, 0),
         ("block", signal.SIGINT, os.O_DIRECT),
+        ("block", signal.SIGHUP, 0),
         pytest.param("rbd", signal.SIGINT, os.O_DIRECT, marks=pytest.mark.slow),
         pytest.param("block", signal.SIGTERM, 0, marks=pytest.mark.slow),
     ],

@@ -194,6 +194,25 @@ def test_cmp_finds_no_difference(disk: Disk, tmp_path: Path) -> None:
     assert filecmp.cmp(disk.path, tmp_path / "exported", shallow=False)
 
 
+def test_tar_takes_what_was_just_written_to_a_sparse_volume(
+    mount: Callable[..., Mount], volumes: Path
+) -> None:
+    """What was told of its allocation before the write must not be believed after it, by any name."""
+    content = random_bytes(MIB)
+    for name in ("listed", "attached"):
+        (volumes / name).write_bytes(b"")
+        os.truncate(volumes / name, 8 * MIB)
+    mounted = mount(f"file:{volumes}")
+    attached = mounted.volfs("attach", f"file:{volumes}/attached").stdout.strip()
+    for path in (mounted.path / "file" / "listed", Path(attached)):
+        assert path.stat().st_blocks == 0
+        with path.open("r+b") as file:
+            file.write(content)
+        assert path.stat().st_blocks * 512 >= MIB
+        archive = succeed("tar", "-cSf", "-", "-C", path.parent, path.name)
+        assert succeed("tar", "-xSOf", "-", input=archive) == content + bytes(7 * MIB)
+
+
 def test_cp_and_tar_take_all_of_it(disk: Disk, tmp_path: Path) -> None:
     """They trust st_blocks about holes: too few, and data would be lost."""
     disk.stored.write(bytes(SIZE))

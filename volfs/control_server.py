@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 512  # further ones wait in the socket's backlog
 BACKLOG = 64
-RETRY_SECONDS = 0.1  # to accept, when the process or the system is short of something
+RETRY_SECONDS = 1.0  # to accept, when the process or the system is short of something
 SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 SEND_SECONDS = 10.0  # a client that does not read its reply that long is dropped
 
