@@ -22,6 +22,7 @@ import pytest
 from fakes import fake_daemon
 from mounts import Mount, is_mounted, mounted, require_fuse, wait_until
 from services import MIB, Services
+from test_architecture import HEAVY
 from volumes import Storage, StoredVolume, ceph_environment, random_bytes
 
 import volfs
@@ -32,7 +33,6 @@ from volfs.errors import BackendError, ControlError, MountError, SourceError, Vo
 SIZE = MIB
 # Text, so that it can be read as such.
 DATA = base64.encodebytes(random_bytes(SIZE))[:SIZE]
-HEAVY = {"trio", "asyncio", "pyfuse3", "rbd", "rados", "rich", "typer"}  # what callers need not load
 
 Opener = Callable[..., IO[Any]]
 
