@@ -370,6 +370,7 @@ def start_caller(url: str, mode: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rb", "r+b"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_caller_leaves_nothing_attached(
@@ -517,6 +518,7 @@ def test_a_user_that_ceph_refuses(
     assert "client.volfs" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_daemon_and_no_way_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match=r"^cannot start a volfs daemon: .*AF_UNIX path too long"):
         volfs.open_volume("file:/etc/passwd", socket_path=str(tmp_path / ("x" * 120)))
@@ -541,6 +543,7 @@ def test_a_path_that_is_on_no_volfs_mount_is_not_handed_out(tmp_path: Path) -> N
 # Connection infos
 
 
+@pytest.mark.slow
 def test_connection_info_of_rbd(
     served: Mount,
     services: Services,
@@ -675,6 +678,7 @@ def test_a_daemon_is_started_when_there_is_none(on_demand: Path, volumes: Path) 
         assert api.status().pid == first.pid
 
 
+@pytest.mark.slow
 def test_ten_processes_that_race_start_one_daemon(on_demand: Path, volumes: Path) -> None:
     (volumes / "raw").write_bytes(DATA)
     script = """if True:
@@ -704,6 +708,7 @@ def read_quietly(path: Path) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_after_a_killed_daemon_a_new_one_is_started_in_its_place(on_demand: Path, volumes: Path) -> None:
     (volumes / "raw").write_bytes(DATA)
     url = f"file:{volumes}/raw"
@@ -728,6 +733,7 @@ def test_a_file_of_a_killed_daemon_says_so_and_can_be_closed(on_demand: Path, vo
     subprocess.run(["fusermount3", "-uz", f"{on_demand}.mnt"], check=True)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_nobody_needs_ends(
     on_demand: Path, volumes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -746,6 +752,7 @@ def test_a_daemon_that_nobody_needs_ends(
     assert api.status().pid != pid
 
 
+@pytest.mark.slow
 def test_a_daemon_that_cannot_start_says_why(on_demand: Path, volumes: Path) -> None:
     hidden = Path(f"{on_demand}.mnt/precious")
     hidden.parent.mkdir(parents=True)
@@ -773,6 +780,7 @@ def test_a_wrong_source_starts_no_daemon_to_learn_that(on_demand: Path) -> None:
     assert not on_demand.exists()
 
 
+@pytest.mark.slow
 def test_a_socket_named_by_a_relative_path(
     on_demand: Path, volumes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -783,6 +791,7 @@ def test_a_socket_named_by_a_relative_path(
         assert path_of(file) == Path(f"{on_demand}.mnt/attached/raw")
 
 
+@pytest.mark.slow
 def test_threads_that_race_start_one_daemon(on_demand: Path, volumes: Path) -> None:
     (volumes / "raw").write_bytes(DATA)
     together = threading.Barrier(4)

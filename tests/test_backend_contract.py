@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mounts import wait_until
 from services import MIB
-from volumes import VARIANTS, Storage, StoredVolume, random_bytes
+from volumes import Storage, StoredVolume, random_bytes, variants
 
 from volfs.backends import backend_class
 from volfs.backends.base import Backend, BackendVolume, Directory, Properties, Source, VolumeInfo
@@ -47,7 +47,7 @@ EDGES = (
 )
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: variant[0])
+@pytest.fixture(params=variants(quick=("rbd", "iscsi-512", "file")))
 def make(request: pytest.FixtureRequest, storage: Storage) -> Callable[..., StoredVolume]:
     """make(size, content): a volume of each driver in turn."""
     _, driver, options = request.param

@@ -733,6 +733,7 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path: Path) -> None:
 # mount in the background
 
 
+@pytest.mark.slow
 def test_mount_with_daemon_returns_when_io_works_and_umount_ends_it(tmp_path: Path, volumes: Path) -> None:
     """Also with the socket named by a relative path: the daemon has a working directory of its own."""
     require_fuse()
@@ -760,6 +761,7 @@ def test_mount_with_daemon_returns_when_io_works_and_umount_ends_it(tmp_path: Pa
     assert not (tmp_path / "run/control").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -101,6 +101,7 @@ def test_the_ready_line_comes_when_io_works(place: Path, disk: Path) -> None:
     assert not (place / "control").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_before_it_is_ready_ends_it(place: Path, disk: Path) -> None:
     require_fuse()
     path = place / "mnt"
@@ -122,6 +123,7 @@ def test_a_signal_before_it_is_ready_ends_it(place: Path, disk: Path) -> None:
             subprocess.run(["fusermount3", "-uz", path], check=True)
 
 
+@pytest.mark.slow
 def test_more_clients_than_descriptors_do_not_end_it(place: Path, disk: Path) -> None:
     volfs = ["prlimit", "--nofile=48:48", *VOLFS]
     with mounted(place, [f"file:{disk.parent}"], volfs=volfs) as mount:
@@ -134,6 +136,7 @@ def test_more_clients_than_descriptors_do_not_end_it(place: Path, disk: Path) ->
         assert mount.volfs("status").returncode == 0
 
 
+@pytest.mark.slow
 def test_in_the_background_it_returns_when_io_works(place: Path, disk: Path) -> None:
     require_fuse()
     path, socket = place / "mnt", place / "control"
@@ -154,11 +157,13 @@ def test_in_the_background_it_returns_when_io_works(place: Path, disk: Path) -> 
     assert not is_mounted(path)
 
 
+@pytest.mark.slow
 def test_in_the_background_a_failed_start_is_told_in_one_line(place: Path, disk: Path) -> None:
     done = run_volfs("mount", place / "missing", f"file:{disk.parent}", "--socket", place / "c", "--daemon")
     assert_refused(done, str(place / "missing"), "No such file or directory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["missing", "a file", "not empty", "mounted already"])
 def test_a_mountpoint_that_will_not_do_is_one_clear_line(place: Path, disk: Path, kind: str) -> None:
     path = place / "mnt"
@@ -184,6 +189,7 @@ def test_a_mountpoint_that_will_not_do_is_one_clear_line(place: Path, disk: Path
         assert not (place / "control").exists()
 
 
+@pytest.mark.slow
 def test_a_second_daemon_on_the_same_socket_is_refused(place: Path, disk: Path) -> None:
     (place / "second").mkdir()
     with mounted(place, [f"file:{disk.parent}"]) as first:
@@ -225,6 +231,7 @@ def kill(mount: Mount) -> None:
     mount.process.wait()
 
 
+@pytest.mark.slow
 def test_the_remains_of_a_killed_daemon_are_replaced(place: Path, disk: Path) -> None:
     with mounted(place, [f"file:{disk.parent}"]) as first:
         kill(first)
@@ -238,6 +245,7 @@ def test_the_remains_of_a_killed_daemon_are_replaced(place: Path, disk: Path) ->
         assert not is_mounted(place / "mnt")
 
 
+@pytest.mark.slow
 def test_the_remains_of_a_killed_daemon_are_told_from_a_living_one(place: Path, disk: Path) -> None:
     with mounted(place, [f"file:{disk.parent}"]) as mount:
         kill(mount)
@@ -246,6 +254,7 @@ def test_the_remains_of_a_killed_daemon_are_told_from_a_living_one(place: Path, 
         assert_refused(run_volfs("umount", mount.path), str(mount.path))
 
 
+@pytest.mark.slow
 @DURABLE
 def test_what_was_fsynced_survives_a_killed_daemon(place: Path, storage: Storage, driver: str) -> None:
     content = random_bytes(2 * MIB)
@@ -349,6 +358,7 @@ def test_umount_returns_when_the_data_is_on_the_backend(place: Path, storage: St
         close_dead(file)
 
 
+@pytest.mark.slow
 def test_umount_of_an_idle_mount_ends_the_daemon(place: Path, disk: Path) -> None:
     with mounted(place, [f"file:{disk.parent}"]) as mount:
         (mount.path / "file" / "disk").write_bytes(b"written")
@@ -361,6 +371,7 @@ def test_umount_of_an_idle_mount_ends_the_daemon(place: Path, disk: Path) -> Non
         assert_refused(run_volfs("umount", mount.path), "not on a volfs mount")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("driver", "command"),
     [("rbd", ["umount"]), ("block", ["fusermount3", "-u"])],
@@ -393,6 +404,7 @@ def test_a_lazy_umount_ends_the_daemon_with_the_last_file(place: Path, disk: Pat
         assert disk.read_bytes()[:5] == b"after"
 
 
+@pytest.mark.slow
 def test_an_idle_daemon_ends_by_itself_and_a_used_one_does_not(place: Path, disk: Path) -> None:
     with mounted(place, [f"file:{disk.parent}"], ["--exit-idle", "0.4"]) as mount:
         with (mount.path / "file" / "disk").open("rb"), pytest.raises(subprocess.TimeoutExpired):
@@ -402,6 +414,7 @@ def test_an_idle_daemon_ends_by_itself_and_a_used_one_does_not(place: Path, disk
         assert not is_mounted(mount.path)
 
 
+@pytest.mark.slow
 def test_an_attached_volume_keeps_an_idle_daemon(place: Path, disk: Path) -> None:
     with mounted(place, [], ["--exit-idle", "0.4"]) as mount:
         socket = str(mount.socket)
@@ -412,6 +425,7 @@ def test_an_attached_volume_keeps_an_idle_daemon(place: Path, disk: Path) -> Non
         assert_ends(mount.process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["umount", "SIGTERM"])
 def test_what_cannot_be_flushed_is_told_and_counts(place: Path, disk: Path, how: str) -> None:
     rules = place / "rules"
@@ -502,6 +516,7 @@ def attach_info(mount: Mount, info: dict[str, Any], *arguments: str) -> subproce
     return run_volfs("attach", "--connection-info", "-", *arguments, env=environment, input=json.dumps(info))
 
 
+@pytest.mark.slow
 def test_a_chap_password_is_shown_nowhere(place: Path, storage: Storage, services: Services) -> None:
     stored = storage.make("iscsi", MIB, chap="one-way")
     user, secret = (stored.environment[f"LIBISCSI_CHAP_{key}"] for key in ("USERNAME", "PASSWORD"))
@@ -538,6 +553,7 @@ def test_a_chap_password_is_shown_nowhere(place: Path, storage: Storage, service
         assert wrong not in shown
 
 
+@pytest.mark.slow
 def test_a_cephx_key_is_shown_nowhere(place: Path, storage: Storage, services: Services) -> None:
     stored = storage.make("rbd", MIB, b"content")
     match = re.search(r"key = (\S+)", services.keyring.read_text())

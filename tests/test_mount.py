@@ -21,7 +21,7 @@ import pytest
 from faults import Rule, volfs_with_faults, write_rules
 from mounts import Mount, mounted, run_volfs, wait_until
 from services import MIB, ImageFactory, Services, skip_or_fail
-from volumes import VARIANTS, Storage, StoredVolume, ceph_environment, raises, random_bytes
+from volumes import VARIANTS, Storage, StoredVolume, ceph_environment, raises, random_bytes, variants
 
 from volfs import api
 from volfs.control import StatusReply
@@ -68,16 +68,7 @@ MakeDisk = Callable[..., Disk]
 
 
 # The kernel's side is the same for all of them, and the contract suite runs over each. The rest is for the thorough.
-QUICK = ("rbd", "file")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(variant, marks=[] if variant[0] in QUICK else [pytest.mark.slow], id=variant[0])
-        for variant in VARIANTS
-    ],
-)
+@pytest.fixture(scope="module", params=variants(quick=("rbd", "file")))
 def make_disk(
     request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeDisk]:
@@ -391,6 +382,7 @@ def test_a_volume_resized_elsewhere_shows_its_size_at_the_next_open(own_disk: Di
         assert own_disk.path.stat().st_size == size
 
 
+@pytest.mark.slow
 def test_a_volume_resized_elsewhere_shows_its_size_without_an_open(own_disk: Disk) -> None:
     assert own_disk.path.stat().st_size == SIZE
     own_disk.stored.resize(SIZE + MIB)
@@ -629,6 +621,7 @@ def rbd_path(mount: Mount, *place: str) -> Path:
     return mount.path.joinpath("rbd", *place)
 
 
+@pytest.mark.slow
 def test_rbd_namespaces_are_directories(
     mount: Callable[..., Mount],
     services: Services,
@@ -688,6 +681,7 @@ def test_rbd_snapshots_are_read_only_files(
         image.with_name(made.name + "@two").stat()
 
 
+@pytest.mark.slow
 def test_an_image_open_for_writing_cannot_be_removed_and_one_that_is_closed_can(
     mount: Callable[..., Mount], services: Services, new_image: ImageFactory
 ) -> None:
@@ -704,6 +698,7 @@ def test_an_image_open_for_writing_cannot_be_removed_and_one_that_is_closed_can(
         path.open("rb")
 
 
+@pytest.mark.slow
 def test_an_image_removed_while_it_is_read_is_enoent_for_the_next_open(
     mount: Callable[..., Mount], services: Services, new_image: ImageFactory
 ) -> None:
@@ -748,6 +743,7 @@ def rbd_table(services: Services, **settings: object) -> str:
     )
 
 
+@pytest.mark.slow
 def test_the_backend_resizes_when_its_settings_allow_it(
     mount: Callable[..., Mount], services: Services, new_image: ImageFactory, volumes: Path, tmp_path: Path
 ) -> None:
@@ -815,6 +811,7 @@ def public(tmp_path: Path) -> Iterator[Path]:
         yield Path(directory) / "mnt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reads", "writes"),
     [
@@ -838,6 +835,7 @@ def test_another_user_may_do_what_the_options_say(
     assert (volumes / "disk").read_bytes() == (b"CONtent" if writes else b"content")
 
 
+@pytest.mark.slow
 def test_attaching_finds_the_configured_backend_and_its_files(
     mount: Callable[..., Mount], services: Services, new_image: ImageFactory, storage: Storage, tmp_path: Path
 ) -> None:
@@ -866,6 +864,7 @@ chap_password_file = "{secret}"
         assert listed.stat().st_size == MIB
 
 
+@pytest.mark.slow
 def test_attaching_with_the_account_that_is_configured_gives_the_listed_file(
     mount: Callable[..., Mount], services: Services, storage: Storage, tmp_path: Path
 ) -> None:
@@ -876,6 +875,7 @@ def test_attaching_with_the_account_that_is_configured_gives_the_listed_file(
     assert os.path.samefile(done.stdout.strip(), on.path.joinpath("iscsi", *stored.place))
 
 
+@pytest.mark.slow
 def test_attaching_reaches_the_storage_as_the_client_does_and_not_as_the_daemon(
     mount: Callable[..., Mount], services: Services, new_image: ImageFactory
 ) -> None:
@@ -1024,6 +1024,7 @@ def test_a_stalled_backend_holds_up_neither_others_nor_its_own_other_requests(fa
     assert reader.communicate(timeout=30)[0] == faulty.content[MIB : MIB + 4096]
 
 
+@pytest.mark.slow
 def test_a_truncated_file_is_eio_and_no_short_read(mount: Callable[..., Mount], volumes: Path) -> None:
     content = random_bytes(MIB)
     (volumes / "disk").write_bytes(content)

@@ -79,6 +79,7 @@ def test_an_unprivileged_user_mounts_writes_and_unmounts(user: User) -> None:
     assert any(volume.read_bytes())
 
 
+@pytest.mark.slow
 def test_a_daemon_is_started_on_demand_for_an_unprivileged_user(user: User) -> None:
     user.run("truncate", "-s", "1M", user.directory / "volumes" / "disk")
 
@@ -90,6 +91,7 @@ def test_a_daemon_is_started_on_demand_for_an_unprivileged_user(user: User) -> N
     assert user.volfs("umount", path.parent.parent).returncode == 0
 
 
+@pytest.mark.slow
 def test_root_may_not_look_into_a_users_mount_but_the_user_may(user: User) -> None:
     user.run("truncate", "-s", "1M", user.directory / "volumes" / "disk")
     mountpoint = user.directory / "mnt"

@@ -14,7 +14,7 @@ import random
 import re
 import secrets
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,14 @@ VARIANTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("block", "block", {}),
     ("file", "file", {}),
 )
+
+
+def variants(quick: Collection[str]) -> list[Any]:
+    """VARIANTS as a fixture's params; those that are not needed while writing code are slow."""
+    return [
+        pytest.param(variant, marks=[] if variant[0] in quick else [pytest.mark.slow], id=variant[0])
+        for variant in VARIANTS
+    ]
 
 
 def random_bytes(length: int, seed: int = 0) -> bytes:
