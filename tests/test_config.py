@@ -114,7 +114,7 @@ def test_nothing(load_toml: LoadToml) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "number"), [('"0640"', 0o640), ('"640"', 0o640), ('"0o640"', 0o640), ("0o440", 0o440), ("0", 0)]
+    ("mode", "number"), [('"0640"', 0o640), ('"640"', 0o640), ('"0o640"', 0o640), ('"0"', 0)]
 )
 def test_mode(load_toml: LoadToml, mode: str, number: int) -> None:
     assert load_toml(f"[mount]\nmode = {mode}").mount.resolve_mode() == number
@@ -214,9 +214,9 @@ def test_not_toml_tells_the_line(refused: Callable[[str], str]) -> None:
         ("[mount]\nmode = '0800'", "mount.mode: expected octal permissions such as \"0640\", not '0800'"),
         ("[mount]\nmode = '1777'", "mount.mode: expected octal permissions such as \"0640\", not '1777'"),
         ("[mount]\nmode = ''", "mount.mode: expected octal permissions such as \"0640\", not ''"),
-        ("[mount]\nmode = -1", 'mount.mode: expected octal permissions such as "0640", not -1'),
-        ("[mount]\nmode = 640", 'mount.mode: expected octal permissions such as "0640", not 640'),
-        ("[mount]\nmode = true", "mount.mode: expected int | str, got bool"),
+        ("[mount]\nmode = '-1'", "mount.mode: expected octal permissions such as \"0640\", not '-1'"),
+        ("[mount]\nmode = 440", "mount.mode: expected str, got int"),
+        ("[mount]\nmode = true", "mount.mode: expected str, got bool"),
         ("backends = []", "backends: expected object, got array"),
         ("[backends]\nceph = 5", "backends.ceph: expected object, got int"),
         (

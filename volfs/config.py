@@ -30,7 +30,7 @@ class MountSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     uid: int | str | None = None  # number or name; the daemon's own by default
     gid: int | str | None = None
-    mode: int | str = 0o600  # of a volume's file; text is octal
+    mode: str = "0600"  # of a volume's file, octal; not a number: TOML's 440 would be 0670
     allow_other: bool = False
     read_only: bool = False
     read_ahead: int = 8 << 20  # bytes the kernel reads ahead of a sequential reader; set when root
@@ -43,7 +43,7 @@ class MountSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def resolve_mode(self) -> int:
         try:
-            mode = int(self.mode, 8) if isinstance(self.mode, str) else self.mode
+            mode = int(self.mode, 8)
         except ValueError:
             mode = -1
         if not 0 <= mode <= 0o777:
