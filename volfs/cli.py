@@ -41,7 +41,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
 def main() -> None:
     """Entry point of the volfs command."""
     try:
-        sys.exit(app(prog_name="volfs", standalone_mode=False))
+        code = app(prog_name="volfs", standalone_mode=False)
+        sys.stdout.flush()  # here, where an error of it still has an exit code of ours
+        sys.exit(code)
     except typer.TyperException as exc:
         context = getattr(exc, "ctx", None)
         command = context.command_path if context else "volfs"
