@@ -281,6 +281,8 @@ class Daemon:
             await trio.to_thread.run_sync(lambda: session.unmount(self._mountpoint, lazy=False))
         except OSError as exc:
             if not request.force:
+                if exc.errno != errno.EBUSY:
+                    raise
                 sources = ", ".join(volume.source.url for volume in self._volumes)
                 raise VolfsError(f"{exc}; open: {sources or 'a directory'}", errno.EBUSY) from exc
             await self.stop()

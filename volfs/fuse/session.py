@@ -82,8 +82,11 @@ def stop() -> None:
 def unmount(path: str, *, lazy: bool = False) -> None:
     """Unmount as umount(8) does. MountError (EBUSY) while files are open, unless `lazy`. Blocks."""
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+    english = {**os.environ, "LC_ALL": "C"}  # the reason is only in its words
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=UNMOUNT_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=UNMOUNT_SECONDS, check=False, env=english
+        )
     except FileNotFoundError as exc:
         raise MountError("fusermount3 is missing: install fuse3", errno.ENOENT) from exc
     except subprocess.TimeoutExpired as exc:
@@ -91,7 +94,8 @@ def unmount(path: str, *, lazy: bool = False) -> None:
             f"{path}: fusermount3 did not end in {UNMOUNT_SECONDS:g} s", errno.ETIMEDOUT
         ) from exc
     if done.returncode:
-        raise MountError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else path, errno.EBUSY)
+        reason = (done.stderr.strip().splitlines() or [f"{path}: fusermount3 failed"])[-1]
+        raise MountError(reason, errno.EBUSY if os.strerror(errno.EBUSY) in reason else errno.EIO)
 
 
 def tune(path: str, read_ahead: int) -> None:
