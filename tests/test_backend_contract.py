@@ -47,7 +47,7 @@ EDGES = (
 )
 
 
-@pytest.fixture(params=variants(quick=("rbd", "iscsi-512", "file")))
+@pytest.fixture(params=variants(quick=("rbd", "file")))
 def make(request: pytest.FixtureRequest, storage: Storage) -> Callable[..., StoredVolume]:
     """make(size, content): a volume of each driver in turn."""
     _, driver, options = request.param

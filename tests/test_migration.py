@@ -92,7 +92,7 @@ def assert_nothing_attached(daemon: Mount, *volumes: StoredVolume) -> None:
         assert volume.users() == []
 
 
-@ways(PAIRS, quick=4)
+@ways(PAIRS, quick=2)
 def test_a_migration_by_the_python_calls(
     client: Mount, storage: Storage, source_kind: str, target_kind: str
 ) -> None:
