@@ -128,7 +128,9 @@ class Image:
 
     def write(self, data: bytes, offset: int = 0) -> None:
         """By the distribution's own librbd module."""
-        rados, rbd = pytest.importorskip("rados"), pytest.importorskip("rbd")
+        import rados
+        import rbd
+
         conf = str(self.services.ceph_conf)
         with (
             rados.Rados(conffile=conf, name="client.admin") as cluster,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from mounts import VOLFS
+from services import skip_or_fail
 
 NOBODY = "65534"
 # The checkout may be below a directory that is closed to others, such as root's own: let this user read and search
@@ -46,7 +47,7 @@ class User:
 @pytest.fixture
 def user() -> Iterator[User]:
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody else")
+        skip_or_fail("root", "only root can become somebody else")
     mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
     # Not tmp_path: pytest closes it to others, as it should.
     directory = Path(tempfile.mkdtemp(prefix="volfs-user-"))
