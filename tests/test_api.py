@@ -518,10 +518,15 @@ def test_a_user_that_ceph_refuses(
     assert "client.volfs" in str(caught.value)
 
 
-@pytest.mark.slow
 def test_no_daemon_and_no_way_to_start_one(tmp_path: Path) -> None:
-    with pytest.raises(ControlError, match=r"^cannot start a volfs daemon: .*AF_UNIX path too long"):
+    with pytest.raises(ControlError, match=r"x: expected the path of a control socket, at most 107 bytes"):
         volfs.open_volume("file:/etc/passwd", socket_path=str(tmp_path / ("x" * 120)))
+    with pytest.raises(
+        ControlError, match=r"^cannot start a volfs daemon: /proc/volfs: No such file or"
+    ) as caught:
+        volfs.open_volume("file:/etc/passwd", socket_path="/proc/volfs/control")
+    assert caught.value.errno == errno.ENOENT
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_path_that_is_on_no_volfs_mount_is_not_handed_out(tmp_path: Path) -> None:
@@ -773,11 +778,43 @@ def test_a_directory_that_others_may_write_in_is_not_used(on_demand: Path, volum
         volfs.open_volume(f"file:{volumes}/raw")
 
 
-def test_a_wrong_source_starts_no_daemon_to_learn_that(on_demand: Path) -> None:
-    for source in ("file:/\udcff", None, {"data": object()}):
-        with pytest.raises(SourceError):
-            volfs.open_volume(source)  # type: ignore[arg-type]
-    assert not on_demand.exists()
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("file:/\udcff", None, "expected a source of UTF-8 text"),
+        (None, None, "expected a URL or a connection info, not NoneType"),
+        ({"data": object()}, None, "expected a source of UTF-8 text, or of what JSON has"),
+        ("nbd:x", None, "'nbd:x': not a volume's URL; expected one that begins with rbd:"),
+        ("file:/x", "\udcff", r"'\\udcff': expected a file name of UTF-8 text"),
+    ],
+)
+def test_what_is_no_source_starts_nothing(
+    on_demand: Path, source: Any, name: str | None, message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        volfs.open_volume(source, name=name)
+    assert not on_demand.parent.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("rbd:x", None, r"^rbd:x: expected rbd:POOL/\[NAMESPACE/\]IMAGE\[@SNAPSHOT\]$"),
+        ("file:/x", "a/b", "^'a/b': expected a file name, without '/'$"),
+        ({"driver_volume_type": "nfs", "data": {}}, None, "^connection info: no driver for 'nfs'"),
+    ],
+    ids=repr,
+)
+def test_a_source_of_wrong_syntax_starts_no_daemon_to_learn_that(
+    on_demand: Path, source: Any, name: str | None, message: str
+) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        volfs.open_volume(source, name=name)
+    assert caught.value.errno == errno.EINVAL
+    assert [path.name for path in on_demand.parent.iterdir()] == [
+        "control.start"
+    ]  # the lock of those who start
 
 
 @pytest.mark.slow

@@ -300,7 +300,7 @@ def test_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ControlError) as caught, control_socket(str(tmp_path / "file" / "control")):
         pass
-    assert str(caught.value) == f"{tmp_path}/file: File exists"
+    assert str(caught.value) == f"{tmp_path}/file: expected a directory of user {os.geteuid()}"
 
 
 def test_path_that_is_too_long_for_a_socket(tmp_path: Path) -> None:
@@ -479,6 +479,21 @@ async def test_a_request_before_hello_is_refused(tmp_path: Path, request_: Reque
         (reply,) = await replies(stream)
         assert (reply["message"], reply["errno"]) == ("expected Hello first", errno.EPROTO)
         assert here.seen == []
+
+
+@pytest.mark.parametrize("request_", [encode(Status()), b'{"type":"Resize","size":1}\n'], ids=["old", "new"])
+async def test_a_client_of_another_version_is_told_both(tmp_path: Path, request_: bytes) -> None:
+    """It has our version from the Welcome; if it goes on all the same, it is not answered as one of ours."""
+    async with serving(tmp_path) as here, await here.raw() as stream:
+        await stream.send_all(encode(Hello(protocol=PROTOCOL + 1, version="9.9")) + request_)
+        welcome, reply = await replies(stream)
+        assert (welcome["protocol"], welcome["version"]) == (PROTOCOL, VERSION)
+        assert (reply["type"], reply["errno"]) == ("Failed", errno.EPROTO)
+        assert reply["message"] == (
+            f"the client (volfs 9.9) speaks protocol {PROTOCOL + 1}, the daemon (volfs {VERSION}, "
+            f"process {os.getpid()}) protocol {PROTOCOL}: use volfs {VERSION}, or mount again with the other"
+        )
+        assert [type(it) for it in here.seen] == [Hello]
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["giant", "endless"])
@@ -725,31 +740,68 @@ def hello_fails(path: str) -> ControlError:
     return caught.value
 
 
+NO_SOCKET = "{path}: expected the path of a control socket; something else is there"
+
+
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "message", "number"),
     [
-        (lambda path: None, "No such file or directory"),
-        (lambda path: path.touch(), "Connection refused"),
-        (lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), "Connection refused"),
+        (
+            lambda path: None,
+            "no volfs daemon answers at {path}: No such file or directory",
+            errno.ECONNREFUSED,
+        ),
+        (
+            lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+            "no volfs daemon answers at {path}: Connection refused",
+            errno.ECONNREFUSED,
+        ),
+        (
+            lambda path: path.symlink_to(path),
+            "no volfs daemon answers at {path}: Too many levels of symbolic links",
+            errno.ELOOP,
+        ),
+        (lambda path: path.touch(), NO_SOCKET, errno.ENOTSOCK),
+        (lambda path: path.mkdir(), NO_SOCKET, errno.ENOTSOCK),
+        (lambda path: os.mkfifo(path), NO_SOCKET, errno.ENOTSOCK),
     ],
-    ids=["missing", "file", "stale"],
+    ids=["missing", "stale", "loop", "file", "directory", "fifo"],
 )
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_no_daemon(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+def test_no_daemon(tmp_path: Path, make: Callable[[Path], None], message: str, number: int) -> None:
+    """ECONNREFUSED where one may be started, and only there."""
     path = tmp_path / "control"
     make(path)
     exc = hello_fails(str(path))
-    assert (str(exc), exc.errno) == (f"no volfs daemon answers at {path}: {reason}", errno.ECONNREFUSED)
+    assert (str(exc), exc.errno) == (message.format(path=path), number)
 
 
-def test_daemon_of_another_version(tmp_path: Path) -> None:
-    other = msgspec.structs.replace(WELCOME, protocol=PROTOCOL + 1, version="9.9")
-    with fake_daemon(tmp_path, encode(other)) as path:
+def test_no_daemon_below_a_file_or_at_a_path_too_long(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    exc = hello_fails(str(tmp_path / "file" / "control"))
+    assert (str(exc), exc.errno) == (
+        f"no volfs daemon answers at {tmp_path}/file/control: Not a directory",
+        errno.ENOTDIR,
+    )
+    long = str(tmp_path / ("x" * 120))
+    exc = hello_fails(long)
+    assert (str(exc), exc.errno) == (
+        f"{long}: expected the path of a control socket, at most 107 bytes long",
+        errno.ENAMETOOLONG,
+    )
+
+
+@pytest.mark.parametrize("more", [b"", b',"mountpoint":"/mnt","pid":1', b',"new":{}'])
+@pytest.mark.parametrize(("protocol", "use"), [(PROTOCOL + 1, "use volfs 9.9, or "), (PROTOCOL - 1, "")])
+def test_daemon_of_another_version(tmp_path: Path, protocol: int, use: str, more: bytes) -> None:
+    """Whatever else its Welcome says, both are named, and what to do about it."""
+    welcome = b'{"type":"Welcome","protocol":%d,"version":"9.9"%s}\n' % (protocol, more)
+    with fake_daemon(tmp_path, welcome) as path:
         exc = hello_fails(path)
     assert exc.errno == errno.EPROTO
     assert str(exc) == (
-        f"the daemon at {path} (volfs 9.9) speaks protocol {PROTOCOL + 1}, "
-        f"this volfs {VERSION} protocol {PROTOCOL}: restart the daemon"
+        f"the daemon at {path} (volfs 9.9) speaks protocol {protocol}, this volfs {VERSION} protocol {PROTOCOL}: "
+        f"{use}end that daemon by `kill {os.getpid()}`, which flushes and unmounts, and mount again"
     )
 
 

@@ -5,6 +5,7 @@ No event loop and no storage library is loaded into the caller.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -17,9 +18,9 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from volfs import control
-from volfs.backends import caller_environment, is_url
+from volfs.backends import caller_environment, is_url, split_url
 from volfs.control import Attach, Attached, Client, Detach, Done, Status, StatusReply, Unmount
-from volfs.errors import ControlError, MountError, SourceError
+from volfs.errors import ControlError, MountError, SourceError, VolumeNotFound
 
 ATTACH_SECONDS = 180.0  # for a backend to be connected to, and asked
 CLOSE_SECONDS = 60.0  # for the backend to let go of a volume
@@ -86,7 +87,7 @@ def attach(
     """Attach a volume; returns what it is called now, and the connection. With `hold` it stays as long as that."""
     request = _attach_request(source, name, hold)
     while True:
-        client = connect(socket_path)
+        client = connect(socket_path, request)
         try:
             return client.call(request, Attached, timeout=ATTACH_SECONDS), client
         except ControlError as exc:
@@ -103,6 +104,8 @@ def detach(name: str, *, wait: float = 5.0, socket_path: str | None = None) -> N
     """Detach a volume by attached name, path or URL; EBUSY when it is still open after `wait` seconds."""
     if "/" in name and not is_url(name):
         name = os.path.abspath(name)
+    if not _is_utf8(name):  # nor can it be told to the daemon
+        raise VolumeNotFound(f"{name}: nothing of that name, URL or path is attached")
     with _running(socket_path) as client:
         client.call(Detach(name=name, wait=wait), Done, timeout=wait + CLOSE_SECONDS)
 
@@ -151,8 +154,11 @@ def mount_attribute(path: str, key: str) -> str:
         raise MountError(f"{path}: {exc.strerror}", exc.errno) from exc
 
 
-def connect(socket_path: str | None = None) -> Client:
-    """A connection to this user's daemon, which is started when there is none. ControlError."""
+def connect(socket_path: str | None = None, request: Attach | None = None) -> Client:
+    """A connection to this user's daemon, which is started when there is none. ControlError.
+
+    None is started to refuse `request`, the first that it is to answer: SourceError.
+    """
     path = os.path.abspath(socket_path or control.default_socket())
     for _ in range(3):  # a daemon may end, idle, just as it is found
         try:
@@ -160,7 +166,7 @@ def connect(socket_path: str | None = None) -> Client:
         except ControlError as exc:
             if exc.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
                 raise
-        _start_daemon(path)
+        _start_daemon(path, request)
     return Client(path)
 
 
@@ -169,6 +175,10 @@ def _attach_request(source: object, name: str | None, hold: bool) -> Attach:
     if not isinstance(source, str | Mapping):
         raise SourceError(f"expected a URL or a connection info, not {type(source).__name__}")
     url, info = (source, None) if isinstance(source, str) else (None, dict(source))
+    if url is not None:
+        split_url(url)
+    if name is not None and not _is_utf8(name):
+        raise SourceError(f"{name!r}: expected a file name of UTF-8 text")
     environment = caller_environment(os.environ)
     request = Attach(source=url, connection_info=info, name=name, hold=hold, environment=environment)
     try:
@@ -178,6 +188,14 @@ def _attach_request(source: object, name: str | None, hold: bool) -> Attach:
     if length > control.MAX_MESSAGE:
         raise SourceError(f"expected a source of at most {control.MAX_MESSAGE} bytes, not {length}")
     return request
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Lease:
@@ -270,12 +288,14 @@ class _running:
         self._client.close()
 
 
-def _start_daemon(path: str) -> None:
+def _start_daemon(path: str, request: Attach | None) -> None:
     """Start a daemon at the socket. However many callers race, one does it and the others wait for that."""
-    directory = os.path.dirname(path)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    mountpoint = path + ".mnt"
-    with open(path + ".start", "w", opener=_open_private) as lock:
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        lock = _open_private(path + ".start", os.O_WRONLY | os.O_CREAT)
+    except OSError as exc:
+        raise ControlError(f"cannot start a volfs daemon: {exc.filename}: {exc.strerror}", exc.errno) from exc
+    with os.fdopen(lock):
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             Client(path).close()
@@ -283,30 +303,36 @@ def _start_daemon(path: str) -> None:
         except ControlError as exc:
             if exc.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
                 raise
+        mountpoint = path + ".mnt"
         try:
             os.makedirs(mountpoint, mode=0o700, exist_ok=True)
         except OSError as exc:
             if exc.errno != errno.ENOTCONN and not isinstance(exc, FileExistsError):  # left by a dead daemon
                 raise
-        command = [sys.executable, "-m", "volfs", "mount", mountpoint, "--daemon"]
-        command += ["--socket", path, "--exit-idle", f"{IDLE_SECONDS:g}"]
         try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=START_SECONDS,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
+            done = _run_mount(path, mountpoint, request)
         except subprocess.TimeoutExpired as exc:
             raise ControlError(
                 f"a daemon started at {path} was not ready in {START_SECONDS:g} s", errno.ETIMEDOUT
             ) from exc
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()
-        text = reason[-1].removeprefix("volfs: ") if reason else f"status {done.returncode}"
-        raise ControlError(f"cannot start a volfs daemon: {text}")
+        if not done.returncode:
+            return
+        if refused := control.decode_failure(done.stdout):
+            with contextlib.suppress(OSError):
+                os.rmdir(mountpoint)
+            raise refused
+    reason = done.stderr.decode(errors="replace").strip().splitlines()
+    text = reason[-1].removeprefix("volfs: ") if reason else f"status {done.returncode}"
+    raise ControlError(f"cannot start a volfs daemon: {text}")
+
+
+def _run_mount(path: str, mountpoint: str, request: Attach | None) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "volfs", "mount", mountpoint, "--daemon"]
+    command += ["--socket", path, "--exit-idle", f"{IDLE_SECONDS:g}"]
+    # That process has what parses sources, which this one shall not load. By a pipe: requests hold secrets.
+    command += [] if request is None else ["--first-request"]
+    first = b"" if request is None else control.encode(request)
+    return subprocess.run(command, capture_output=True, timeout=START_SECONDS, check=False, input=first)
 
 
 def _open_private(path: str, flags: int) -> int:

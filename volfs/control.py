@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import struct
 import time
 from typing import Any, Protocol, TypeVar
@@ -139,6 +140,13 @@ class Failed(msgspec.Struct, tag=True, kw_only=True):
         return cls(self.message, self.errno)
 
 
+class _Spoken(msgspec.Struct):
+    """What a `Welcome` says in any version of the protocol."""
+
+    protocol: int
+    version: str = "of unknown version"
+
+
 Request = Hello | Attach | Detach | Status | Unmount
 Reply = Welcome | Attached | StatusReply | Done | Failed
 R = TypeVar("R", bound=msgspec.Struct)
@@ -158,6 +166,14 @@ def decode_request(line: bytes) -> Request:
         return _request_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ControlError(f"not a request: {exc}", errno.EPROTO) from exc
+
+
+def decode_failure(line: bytes) -> VolfsError | None:
+    """The exception that a line stands for, if it is a `Failed`."""
+    try:
+        return msgspec.json.decode(line, type=Failed).error()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def failure(exc: OSError) -> Failed:
@@ -202,27 +218,27 @@ class Client:
                     f"the volfs daemon at {path} did not answer within {TIMEOUT:g} s", errno.ETIMEDOUT
                 ) from exc
             except OSError as exc:
-                raise ControlError(f"no volfs daemon answers at {path}: {exc.strerror or exc}") from exc
+                raise _unreachable(path, exc) from exc
             self.pid, uid = peer_credentials(self._socket)
             if uid not in (0, os.geteuid()):
                 raise ControlError(f"{path} belongs to user {uid}, not to this one or root", errno.EPERM)
-            self.welcome = self.call(Hello(), Welcome)
-            if self.welcome.protocol != PROTOCOL:
-                raise ControlError(
-                    f"the daemon at {path} (volfs {self.welcome.version}) speaks protocol "
-                    f"{self.welcome.protocol}, this volfs {VERSION} protocol {PROTOCOL}: restart the daemon",
-                    errno.EPROTO,
-                )
+            line = self._request(Hello(), TIMEOUT)
+            self._check_protocol(line)
+            self.welcome = self._expect(line, Welcome)
         except BaseException:
             self._socket.close()
             raise
 
     def call(self, request: Request, reply: type[R], timeout: float = TIMEOUT) -> R:
         """Send a request and return its reply, which must be of that type."""
+        return self._expect(self._request(request, timeout), reply)
+
+    def _request(self, request: Request, timeout: float) -> bytes:
+        """Send a request and return the line that answers it."""
         try:
             self._socket.settimeout(timeout)
             self._socket.sendall(encode(request))
-            answer = self._read_reply(time.monotonic() + timeout)
+            return self._read_line(time.monotonic() + timeout)
         except TimeoutError as exc:
             self._socket.close()  # its reply, coming late, would be taken for that to the next request
             raise ControlError(
@@ -232,6 +248,14 @@ class Client:
             if isinstance(exc, VolfsError):
                 raise
             raise ControlError(f"the volfs daemon at {self.path} is gone: {exc.strerror}") from exc
+
+    def _expect(self, line: bytes, reply: type[R]) -> R:
+        try:
+            answer = _reply_decoder.decode(line)
+        except msgspec.DecodeError as exc:
+            raise ControlError(
+                f"the daemon at {self.path} sent no reply of ours: {exc}", errno.EPROTO
+            ) from exc
         if isinstance(answer, Failed):
             raise answer.error()
         if not isinstance(answer, reply):
@@ -239,6 +263,21 @@ class Client:
                 f"the daemon at {self.path} sent an unexpected {type(answer).__name__}", errno.EPROTO
             )
         return answer
+
+    def _check_protocol(self, line: bytes) -> None:
+        """ControlError (EPROTO) when a daemon of another version answers, even if its Welcome is not as ours."""
+        try:
+            daemon = msgspec.json.decode(line, type=_Spoken)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return
+        if daemon.protocol != PROTOCOL:
+            newer = f"use volfs {daemon.version}, or " if daemon.protocol > PROTOCOL else ""
+            raise ControlError(
+                f"the daemon at {self.path} (volfs {daemon.version}) speaks protocol {daemon.protocol}, "
+                f"this volfs {VERSION} protocol {PROTOCOL}: {newer}end that daemon by `kill {self.pid}`, "
+                "which flushes and unmounts, and mount again",
+                errno.EPROTO,
+            )
 
     def close(self) -> None:
         """End the connection and with it the leases on it. Harmless when done before."""
@@ -255,7 +294,7 @@ class Client:
         except ConnectionError:
             pass
 
-    def _read_reply(self, deadline: float) -> Reply:
+    def _read_line(self, deadline: float) -> bytes:
         while b"\n" not in self._buffer:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = self._socket.recv(65536)
@@ -263,12 +302,29 @@ class Client:
                 raise ControlError(f"the volfs daemon at {self.path} ended the connection", errno.ECONNRESET)
             self._buffer += chunk
         line, self._buffer = self._buffer.split(b"\n", 1)
-        try:
-            return _reply_decoder.decode(line)
-        except msgspec.DecodeError as exc:
-            raise ControlError(
-                f"the daemon at {self.path} sent no reply of ours: {exc}", errno.EPROTO
-            ) from exc
+        return line
+
+
+def _unreachable(path: str, exc: OSError) -> ControlError:
+    """Why nobody can be spoken to there. ECONNREFUSED, where a daemon may be started, means that none is running."""
+    if exc.errno is None:  # Python's own check
+        return ControlError(
+            f"{path}: expected the path of a control socket, at most 107 bytes long", errno.ENAMETOOLONG
+        )
+    if exc.errno == errno.ECONNREFUSED and not _is_socket(path):
+        return ControlError(
+            f"{path}: expected the path of a control socket; something else is there", errno.ENOTSOCK
+        )
+    number = errno.ECONNREFUSED if exc.errno == errno.ENOENT else exc.errno
+    return ControlError(f"no volfs daemon answers at {path}: {exc.strerror}", number)
+
+
+def _is_socket(path: str) -> bool:
+    """Whether a socket, or nothing, is at the path; a link to one is as good to connect to."""
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 class _HasSocketOptions(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -16,6 +17,7 @@ import trio
 
 from volfs.control import (
     MAX_MESSAGE,
+    PROTOCOL,
     Hello,
     Reply,
     Request,
@@ -25,6 +27,7 @@ from volfs.control import (
     peer_credentials,
 )
 from volfs.errors import ControlError
+from volfs.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ def control_socket(path: str) -> Iterator[socket.socket]:
     lock on `<path>.lock`, which the kernel releases with the process, tells the two cases apart.
     """
     private_directory(os.path.dirname(path))
+    _refuse_others(path)  # before a lock is made beside what may be anybody's file
     lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -64,11 +68,8 @@ def control_socket(path: str) -> Iterator[socket.socket]:
                 f"another volfs daemon serves {path}; use it, or give this one a socket of its own (--socket)",
                 errno.EADDRINUSE,
             ) from exc
+        _refuse_others(path)
         try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise ControlError(
-                    f"{path}: expected the path of a control socket; something else is there", errno.EEXIST
-                )
             os.unlink(path)
         except FileNotFoundError:
             pass
@@ -93,10 +94,25 @@ def control_socket(path: str) -> Iterator[socket.socket]:
         os.close(lock)
 
 
+def _refuse_others(path: str) -> None:
+    """ControlError (EEXIST) when something else than a socket is at the path."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise ControlError(f"{path}: cannot make the control socket: {exc.strerror}", exc.errno) from exc
+    if not stat.S_ISSOCK(mode):
+        raise ControlError(
+            f"{path}: expected the path of a control socket; something else is there", errno.EEXIST
+        )
+
+
 def private_directory(path: str) -> None:
     """Make sure of a directory that only this user can enter. ControlError when it is somebody else's."""
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # of something else, which is refused below
+            os.makedirs(path, mode=0o700, exist_ok=True)
         status = os.lstat(path)
     except OSError as exc:
         raise ControlError(f"{path}: {exc.strerror}", exc.errno) from exc
@@ -105,6 +121,16 @@ def private_directory(path: str) -> None:
     if stat.S_IMODE(status.st_mode) & 0o022:
         raise ControlError(
             f"{path}: others may write there (mode {stat.S_IMODE(status.st_mode):04o})", errno.EPERM
+        )
+
+
+def _check_protocol(hello: Hello) -> None:
+    """ControlError (EPROTO) for a client of another version."""
+    if hello.protocol != PROTOCOL:
+        raise ControlError(
+            f"the client (volfs {hello.version}) speaks protocol {hello.protocol}, the daemon (volfs {VERSION}, "
+            f"process {os.getpid()}) protocol {PROTOCOL}: use volfs {VERSION}, or mount again with the other",
+            errno.EPROTO,
         )
 
 
@@ -169,16 +195,19 @@ class ControlServer:
             log.warning("control: refused user %d (process %d)", uid, pid)
             return
         client = Client(pid)
-        greeted = False
+        hello: Hello | None = None
         try:
             async with aclosing(self._lines(stream)) as lines:
                 async for line in lines:
                     last = False
                     try:
+                        if hello is not None:
+                            _check_protocol(hello)  # it has our Welcome, and should have left
                         request = decode_request(line)
-                        if not greeted and not isinstance(request, Hello):
+                        if isinstance(request, Hello):
+                            hello = request
+                        elif hello is None:
                             raise ControlError("expected Hello first", errno.EPROTO)
-                        greeted = True
                     except ControlError as exc:
                         reply: Reply = failure(exc)
                         last = True

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 import trio
 
 from volfs import control, daemon
+from volfs.attached import check_name
 from volfs.config import Config
 from volfs.control_server import private_directory
-from volfs.errors import ConfigError, ControlError, VolfsError
+from volfs.errors import ConfigError, ControlError, MountError, SourceError, VolfsError
+from volfs.source import parse_connection_info, parse_source
 
 READY = b"ready"
 LOG_FORMAT = "%(asctime)s volfs[%(process)d] %(levelname)s %(message)s"
@@ -36,6 +38,12 @@ def serve(
     """
     _allow_many_files()
     mountpoint = os.path.abspath(mountpoint)
+    try:
+        mountpoint.encode()
+    except UnicodeEncodeError as exc:  # clients are told of it in JSON
+        raise MountError(
+            f"{mountpoint}: expected a mountpoint whose path is UTF-8 text", errno.EINVAL
+        ) from exc
     path = os.path.abspath(socket_path or control.default_socket())
     if config.mount.allow_other and config.mount.resolve_mode() & 0o002 and not config.mount.read_only:
         raise ConfigError("mount.mode: with allow_other, expected a mode that not everybody may write with")
@@ -91,6 +99,22 @@ def serve_in_background(arguments: Sequence[str], socket_path: str | None) -> No
         lines = [line for line in log_file.read().decode(errors="replace").splitlines() if line]
     text = lines[-1].removeprefix("volfs: ") if lines else f"the daemon ended with status {code}"
     raise ControlError(text, errno.ECONNABORTED)
+
+
+def refuse_request(line: bytes) -> control.Failed | None:
+    """What a daemon would answer to an attach request whose source or name is wrong, without one; else None."""
+    request = control.decode_request(line)
+    assert isinstance(request, control.Attach)
+    try:
+        if request.source is not None:
+            parse_source(request.source, request.environment)
+        else:
+            parse_connection_info(request.connection_info, request.environment)
+        if request.name is not None:
+            check_name(request.name)
+    except SourceError as exc:
+        return control.failure(exc)
+    return None
 
 
 def tell_parent(number: int) -> None:
