@@ -7,6 +7,7 @@ is wrong. Errors are one line on stderr; a traceback means a bug.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from volfs.backends import caller_environment, environment_variables
 from volfs.errors import ConfigError, SourceError, error_text
 
 FAILED, WRONG_USE = 1, 2
@@ -36,6 +38,12 @@ Id = Annotated[
     str | None, typer.Option("--id", metavar="USER", help="Ceph user, as in CEPH_ARGS='--id USER'")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
+
+
+def _finite(seconds: float | None) -> float | None:
+    if seconds is not None and not math.isfinite(seconds):
+        raise typer.BadParameter(f"{seconds} is not a number of seconds.")
+    return seconds
 
 
 def main() -> None:
@@ -74,17 +82,26 @@ def mount(
     socket: Socket = None,
     exit_idle: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="End when nothing was attached or open for so long"),
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            callback=_finite,
+            help="End when nothing was attached or open for so long",
+        ),
     ] = None,
     conf: Conf = None,
     id: Id = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each failed request")] = False,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    first_request: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Show volumes as files below MOUNTPOINT, until unmounted."""
     from volfs import config as configuration
-    from volfs import mounting
+    from volfs import control, mounting
 
+    if first_request and (refused := mounting.refuse_request(sys.stdin.buffer.readline())):
+        sys.stdout.buffer.write(control.encode(refused))
+        sys.exit(WRONG_USE)
     _ceph_environment(conf, id)
     settings = configuration.load(config) if config else configuration.Config()
     settings = configuration.add_prefixes(settings, prefixes or [], os.environ)
@@ -156,7 +173,9 @@ def attach(
 @app.command(epilog=f"Example: volfs detach disk-1. {CODES}")
 def detach(
     name: Annotated[str, typer.Argument(help="Attached name, path or source")],
-    wait: Annotated[float, typer.Option(metavar="SECONDS", help="For open files to be closed")] = 5.0,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, callback=_finite, help="For open files to be closed")
+    ] = 5.0,
     socket: Socket = None,
 ) -> None:
     """Detach a volume, and return when its backend has let go of it."""
@@ -260,11 +279,18 @@ def status(as_json: Json = False, socket: Socket = None) -> None:
 
 
 def _ceph_environment(conf: str | None, id: str | None) -> None:
-    """--conf and --id are what CEPH_CONF and CEPH_ARGS say, for this process and those it starts."""
+    """--conf and --id are what CEPH_CONF and CEPH_ARGS say, for this process and those it starts.
+
+    These may work elsewhere, so the paths in there become absolute; what is set to nothing is not set.
+    """
     if conf:
-        os.environ["CEPH_CONF"] = os.path.abspath(conf)
+        os.environ["CEPH_CONF"] = conf
     if id:
         os.environ["CEPH_ARGS"] = f"{os.environ.get('CEPH_ARGS', '')} --id {shlex.quote(id)}".strip()
+    given = caller_environment(os.environ)
+    for name in environment_variables():
+        os.environ.pop(name, None)
+    os.environ.update(given)
 
 
 def _read_json(path: str) -> Any:

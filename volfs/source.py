@@ -5,24 +5,23 @@ The grammar of each driver's part is the driver's own; this module only finds th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from volfs.backends import DRIVERS, backend_class
+from volfs.backends import DRIVERS, backend_class, split_url
 from volfs.backends.base import Settings, Source
 from volfs.errors import SourceError
 
 
 def parse_source(url: str, environment: Mapping[str, str]) -> Source:
     """The source a URL names, reached as the caller's environment says. SourceError."""
-    driver, rest = _split(url)
+    driver, rest = split_url(url)
     return backend_class(driver).parse_url(rest, environment)
 
 
 def parse_prefix(url: str, environment: Mapping[str, str]) -> tuple[str, Settings, tuple[str, ...]]:
     """What a prefix such as `rbd:volumes` names: driver, settings of a backend, directory in it. SourceError."""
-    driver, rest = _split(url)
+    driver, rest = split_url(url)
     return driver, *backend_class(driver).parse_prefix(rest, environment)
 
 
@@ -43,12 +42,3 @@ def parse_connection_info(info: Any, environment: Mapping[str, str]) -> Source:
             return backend_class(driver).parse_connection(data, environment)
     known = ", ".join(name for registration in DRIVERS.values() for name in registration.protocols)
     raise SourceError(f"connection info: no driver for {protocol!r}; volfs knows {known}")
-
-
-def _split(url: str) -> tuple[str, str]:
-    driver, colon, rest = url.partition(":")
-    if not colon or driver not in DRIVERS:
-        schemes = ", ".join(f"{name}:" for name in DRIVERS)
-        shown = re.sub(r"//[^/]*@", "//***@", url)  # an account, if only the scheme is mistyped
-        raise SourceError(f"{shown!r}: not a volume's URL; expected one that begins with {schemes}")
-    return driver, rest

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
+
+from volfs.errors import SourceError
 
 if TYPE_CHECKING:
     from volfs.backends.base import Backend
@@ -43,6 +47,8 @@ DRIVERS: dict[str, Registration] = {
 
 
 PATHS = {"CEPH_CONF"}  # of these variables, those that are a path
+OPTIONS = {"CEPH_ARGS"}  # and those that are options, of which these are followed by one:
+PATH_OPTIONS = {"-c", "--conf", "-k", "--keyring", "--keyfile"}
 
 
 def backend_class(driver: str) -> type[Backend]:
@@ -52,6 +58,16 @@ def backend_class(driver: str) -> type[Backend]:
     return cls
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """The driver of a URL and what is behind the colon. SourceError when no driver is named."""
+    driver, colon, rest = url.partition(":")
+    if not colon or driver not in DRIVERS:
+        schemes = ", ".join(f"{name}:" for name in DRIVERS)
+        shown = re.sub(r"//[^/]*@", "//***@", url)  # an account, if only the scheme is mistyped
+        raise SourceError(f"{shown!r}: not a volume's URL; expected one that begins with {schemes}")
+    return driver, rest
+
+
 def is_url(text: str) -> bool:
     """Whether the text is meant as a source rather than as a path."""
     driver, colon, _ = text.partition(":")
@@ -59,10 +75,36 @@ def is_url(text: str) -> bool:
 
 
 def caller_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The part of a caller's environment that says how its storage is reached, for a process elsewhere."""
-    wanted = {name for registration in DRIVERS.values() for name in registration.environment}
-    return {
-        name: os.path.abspath(value) if name in PATHS and value else value
-        for name, value in environ.items()
-        if name in wanted
-    }
+    """The part of a caller's environment that says how its storage is reached, for a process elsewhere.
+
+    "Elsewhere" has another working directory: paths are absolute.
+    """
+    return {name: _absolute(name, environ[name]) for name in environment_variables() if environ.get(name)}
+
+
+def environment_variables() -> set[str]:
+    """All of a caller's environment that any driver looks at."""
+    return {name for registration in DRIVERS.values() for name in registration.environment}
+
+
+def _absolute(name: str, value: str) -> str:
+    if name in PATHS:
+        return os.path.abspath(value)
+    if name not in OPTIONS:
+        return value
+    try:
+        words = shlex.split(value)
+    except ValueError:
+        return value  # as it is, for whoever reads it to refuse
+    for number, word in enumerate(words):
+        option, equals, path = word.partition("=")
+        if option in PATH_OPTIONS and equals:
+            words[number] = f"{option}={_absolute_paths(path)}"
+        elif number and words[number - 1] in PATH_OPTIONS:
+            words[number] = _absolute_paths(word)
+    return shlex.join(words)
+
+
+def _absolute_paths(paths: str) -> str:
+    """Of one path, or of several with commas between them, which Ceph takes as a keyring."""
+    return ",".join(os.path.abspath(path) if path else "" for path in paths.split(","))
