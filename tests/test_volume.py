@@ -42,7 +42,7 @@ class Bench:
         self.faults = self.backend.faults
         self.backends = Backends({"files": self.backend})
         self.table = VolumeTable(self.backends)
-        self.files = OpenFiles(self.table)
+        self.files = OpenFiles(self.table, 0, pytest.fail)
 
     async def open(self, *, writable: bool = True) -> Volume:
         return await self.table.open(self.backend, self.source, writable=writable)

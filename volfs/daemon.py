@@ -83,7 +83,9 @@ class Daemon:
         self.backends = Backends(self._configured)
         self._volumes = VolumeTable(self.backends)
         self._attachments = Attachments(self.backends)
-        self._files = OpenFiles(self._volumes)
+        self._files = OpenFiles(
+            self._volumes, config.mount.read_ahead, lambda task: self.background.start_soon(task)
+        )
         self._clients: set[Client] = set()
         self._clients_seen = 0
         self._stopping = False

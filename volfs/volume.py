@@ -68,6 +68,11 @@ class Volume:
     def properties(self) -> Properties:
         return self._opened.volume.properties
 
+    @property
+    def writes(self) -> int:
+        """How many have been made, failed ones too. What was read when there were fewer may be old."""
+        return self._written
+
     async def pread(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; less only where the volume ends."""
         length = min(length, self.properties.size - offset)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from volfs.backends.base import Backend
 from volfs.errors import VolfsError, VolumeNotFound
 from volfs.fuse.tree import VolumeNode
+from volfs.readahead import ReadAhead, Spawn
 from volfs.volume import Volume, VolumeTable
 
 
@@ -20,22 +21,27 @@ class OpenFile:
     node: VolumeNode
     volume: Volume
     writable: bool
+    synchronous: bool  # O_SYNC or O_DSYNC: with direct I/O the kernel leaves it to us
     pid: int  # who opened it, 0 when not in our namespace
     failures_seen: int
+    ahead: ReadAhead | None  # of an O_DIRECT handle; for others the kernel reads ahead
     closing: bool = False  # close(2) was called, on what may be one of several descriptors
 
     async def read(self, offset: int, length: int) -> bytes:
         self.closing = False
-        return await self.volume.pread(offset, length)
+        return await (self.ahead or self.volume).pread(offset, length)
 
     async def write(self, offset: int, data: bytes) -> int:
         if not self.writable:
             raise VolfsError("not open for writing", errno.EBADF)
         self.closing = False
         try:
-            return await self.volume.pwrite(offset, data)
+            written = await self.volume.pwrite(offset, data)
         finally:
             self.node.changed()
+        if self.synchronous:
+            await self.fsync()
+        return written
 
     async def fsync(self) -> None:
         """Flush the volume; an error of an earlier flush that this handle has not reported counts as well."""
@@ -67,8 +73,11 @@ class OpenFile:
 class OpenFiles:
     """The open files by handle number. A number is never used twice."""
 
-    def __init__(self, volumes: VolumeTable) -> None:
+    def __init__(self, volumes: VolumeTable, read_ahead: int, spawn: Spawn) -> None:
+        """`read_ahead` bytes and `spawn` are for ReadAhead."""
         self._volumes = volumes
+        self._read_ahead = read_ahead
+        self._spawn = spawn
         self._files: dict[int, OpenFile] = {}
         self._numbers = itertools.count(1)
 
@@ -92,7 +101,15 @@ class OpenFiles:
             raise VolfsError(f"{node.info.source.url}: read-only", errno.EROFS)
         volume = await self._volumes.open(node.backend, node.info.source, writable=writable)
         handle = next(self._numbers)
-        self._files[handle] = OpenFile(node, volume, writable, _process(pid), volume.failures)
+        self._files[handle] = OpenFile(
+            node,
+            volume,
+            writable=writable,
+            synchronous=bool(flags & (os.O_SYNC | os.O_DSYNC)),
+            pid=_process(pid),
+            failures_seen=volume.failures,
+            ahead=ReadAhead(volume, self._read_ahead, self._spawn) if flags & os.O_DIRECT else None,
+        )
         return handle
 
     async def release(self, handle: int) -> None:

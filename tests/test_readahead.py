@@ -1,0 +1,205 @@
+"""Reading ahead for O_DIRECT handles: what it saves, and that nobody can tell by the bytes.
+
+On virtual time, which pytest-trio takes from a clock among the test's own arguments only.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+from volumes import raises, random_bytes
+
+from volfs.backends.base import BackendVolume, Properties, Source
+from volfs.errors import BackendError
+from volfs.readahead import FRESH_SECONDS, PIECE, PIECES, STREAM, ReadAhead
+from volfs.volume import Volume
+
+KIB = 1024
+SIZE = 4096 * KIB + 1000
+LATENCY = 0.010
+
+
+class SlowMemory(BackendVolume):
+    """Bytes in memory that take LATENCY to read or write, as many at once as one likes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = bytearray(content)
+        self.properties = Properties(len(content), 512, writable=True, can_resize=False)
+        self.reads: list[tuple[int, int]] = []
+        self.bad: set[int] = set()  # offsets that cannot be read
+
+    async def pread(self, offset: int, length: int) -> bytes:
+        self.reads.append((offset, length))
+        data = bytes(self.content[offset : offset + length])  # the storage looks first, and answers later
+        await trio.sleep(LATENCY)
+        if any(offset <= bad < offset + length for bad in self.bad):
+            raise BackendError(f"bad block in {offset}+{length}", errno.EIO)
+        return data
+
+    async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
+        await trio.sleep(LATENCY)
+        self.content[offset : offset + len(data)] = data
+
+    async def flush(self) -> None: ...
+
+    async def refresh(self) -> Properties:
+        return self.properties
+
+    async def resize(self, size: int) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None: ...
+
+
+class Bench:
+    def __init__(self, nursery: trio.Nursery, window: int = SIZE) -> None:
+        self.memory = SlowMemory(random_bytes(SIZE))
+        self.volume = Volume(Source(), self.memory)
+        self.ahead = ReadAhead(self.volume, window, nursery.start_soon)
+
+    async def stream(self, begin: int, end: int, length: int) -> None:
+        """Read it all in sequence; what comes must be what the storage has now."""
+        for offset in range(begin, end, length):
+            data = await self.ahead.pread(offset, length)
+            assert data == self.memory.content[offset : offset + length], f"read of {length} at {offset}"
+
+
+@pytest.fixture
+async def bench(nursery: trio.Nursery) -> Bench:
+    return Bench(nursery)
+
+
+@pytest.mark.parametrize("length", [4 * KIB, 96 * KIB, PIECE, 256 * KIB])
+async def test_a_stream_keeps_several_requests_under_way(
+    bench: Bench, length: int, autojump_clock: MockClock
+) -> None:
+    begin = trio.current_time()
+    await bench.stream(0, SIZE, length)
+    requests = len(bench.memory.reads)
+    assert trio.current_time() - begin < LATENCY * (STREAM + 1 + requests / PIECES + 1)
+    whole = sum(size for _, size in bench.memory.reads)
+    assert whole == SIZE, "nothing is read twice"
+
+
+async def test_other_reads_are_as_asked(bench: Bench, autojump_clock: MockClock) -> None:
+    wanted = [(0, 512), (512, 512), (1024, 512), (512, 512), (SIZE - 10, 100), (4096, 512), (0, PIECE)]
+    for offset, length in wanted:
+        await bench.ahead.pread(offset, length)
+    assert bench.memory.reads == [(offset, min(length, SIZE - offset)) for offset, length in wanted]
+
+
+async def test_reads_at_once_are_no_stream(bench: Bench, autojump_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        for number in range(4 * STREAM):
+            nursery.start_soon(bench.ahead.pread, number * PIECE, PIECE)
+    assert sorted(bench.memory.reads) == [(number * PIECE, PIECE) for number in range(4 * STREAM)]
+
+
+async def test_a_window_of_nothing_reads_nothing_ahead(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    bench = Bench(nursery, window=0)
+    await bench.stream(0, 20 * PIECE, PIECE)
+    assert len(bench.memory.reads) == 20
+
+
+async def test_no_more_than_the_window_is_ahead(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    bench = Bench(nursery, window=2 * PIECE)
+    await bench.stream(0, 10 * PIECE, PIECE)
+    assert max(offset for offset, _ in bench.memory.reads) <= 11 * PIECE
+
+
+async def test_an_end_of_the_volume_is_an_end(bench: Bench, autojump_clock: MockClock) -> None:
+    await bench.stream(SIZE - 8 * PIECE - 7, SIZE, PIECE)
+    assert await bench.ahead.pread(SIZE, PIECE) == b""
+    assert await bench.ahead.pread(SIZE + PIECE, PIECE) == b""
+
+
+async def test_what_was_written_here_is_never_older_than_the_write(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    await bench.stream(0, 8 * PIECE, PIECE)
+    await bench.volume.pwrite(9 * PIECE, b"new")  # which has been read ahead
+    await bench.stream(8 * PIECE, 20 * PIECE, PIECE)
+
+
+async def test_what_was_written_elsewhere_is_seen_when_the_reader_pauses(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    await bench.stream(0, 8 * PIECE, PIECE)
+    bench.memory.content[8 * PIECE : 12 * PIECE] = bytes(4 * PIECE)
+    await trio.sleep(FRESH_SECONDS + 0.001)
+    await bench.stream(8 * PIECE, 20 * PIECE, PIECE)
+
+
+async def test_what_is_read_again_comes_from_the_storage(bench: Bench, autojump_clock: MockClock) -> None:
+    await bench.stream(0, 8 * PIECE, PIECE)
+    bench.memory.content[7 * PIECE] ^= 1
+    await bench.stream(7 * PIECE, 8 * PIECE, PIECE)
+
+
+async def test_an_error_is_told_where_it_is_and_only_there(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.memory.bad.add(9 * PIECE + 5)
+    await bench.stream(0, 9 * PIECE, PIECE)
+    with raises(errno.EIO):
+        await bench.ahead.pread(9 * PIECE, PIECE)
+    await bench.stream(10 * PIECE, 20 * PIECE, PIECE)
+
+
+async def test_an_error_that_has_passed_is_not_told(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.memory.bad.add(9 * PIECE)
+    await bench.stream(0, 8 * PIECE, PIECE)
+    await trio.sleep(2 * LATENCY)
+    bench.memory.bad.clear()
+    await bench.stream(8 * PIECE, 12 * PIECE, PIECE)
+
+
+async def test_a_storage_too_slow_for_it_is_not_read_twice_for_long(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr(f"{__name__}.LATENCY", 2 * FRESH_SECONDS)
+    await bench.stream(0, 30 * PIECE, PIECE)
+    assert len(bench.memory.reads) <= 30 + PIECES + 1
+
+
+LENGTHS = st.sampled_from([1, 512, 4 * KIB, 100 * KIB, PIECE])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("stream"), LENGTHS, st.integers(1, 12)),
+        st.tuples(st.just("seek"), st.integers(0, SIZE), st.just(0)),
+        st.tuples(st.just("write"), st.integers(-PIECE, 4 * PIECE), LENGTHS),
+        st.tuples(st.just("write behind the back"), st.integers(0, SIZE - 1), LENGTHS),
+    ),
+    max_size=25,
+)
+
+
+@given(steps=STEPS)
+@settings(deadline=None, max_examples=40)
+def test_nobody_can_tell_by_the_bytes(steps: list[tuple[str, int, int]]) -> None:
+    """Reads, writes through the same volume, and other clients' writes that the reader waited for."""
+
+    async def play() -> None:
+        async with trio.open_nursery() as nursery:
+            bench, position = Bench(nursery), 0
+            for number, (step, first, second) in enumerate(steps):
+                match step:
+                    case "stream":
+                        await bench.stream(position, position + first * second, first)
+                        position += first * second
+                    case "seek":
+                        position = first
+                    case "write":
+                        offset = min(max(0, position + first), SIZE - 1)
+                        await bench.volume.pwrite(offset, random_bytes(second, number))
+                    case _:
+                        end = min(first + second, SIZE)
+                        bench.memory.content[first:end] = random_bytes(end - first, number)
+                        await trio.sleep(FRESH_SECONDS + 0.001)
+
+    trio.run(play, clock=MockClock(autojump_threshold=0))
