@@ -267,6 +267,9 @@ class Cluster:
         options = {
             # The other policies keep what was read, and images opened read-only are not told of others' writes.
             "rbd_cache_policy": "writearound",
+            # It would hold back the write cache until a first flush shows that the user knows to flush. We do:
+            # at fsync, at each write of O_DSYNC, and when a handle that may write is closed.
+            "rbd_cache_writethrough_until_flush": "false",
             # librados waits for ever unless told otherwise (300 s for the first contact).
             "client_mount_timeout": seconds,
             "rados_mon_op_timeout": seconds,
