@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 NAME = "volfs"  # of the file system, in /proc/mounts: "fuse.volfs" with source "volfs", free of '/' (see facts on df)
 UNMOUNT_SECONDS = 30.0
+TUNE_SECONDS = 5.0
 MAX_REQUESTS = 512  # handled at once, of which those of a hung backend must leave some to the others
+CONNECTIONS = "/sys/fs/fuse/connections"
 MAX_BACKGROUND = 256  # of these, read-ahead and other buffered requests
 
 
@@ -102,20 +104,33 @@ def tune(path: str, read_ahead: int) -> None:
     """Raise the kernel's limits for this mount, where we may (root). Blocks: it asks the mount for its number.
 
     `read_ahead` bytes instead of 128 KiB, which halve the speed of dd and cp; and more buffered requests under way
-    than 12, which a dozen readers of one hung backend would take from all others.
+    than 12, which do not fill that read-ahead, and which some readers of a hung backend would take from all others.
     """
     device = os.stat(path).st_dev
-    limits = {
-        f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb": read_ahead // 1024,
-        f"/sys/fs/fuse/connections/{os.minor(device)}/max_background": MAX_BACKGROUND,
-        f"/sys/fs/fuse/connections/{os.minor(device)}/congestion_threshold": MAX_BACKGROUND * 3 // 4,
-    }
-    for name, limit in limits.items():
-        try:
-            with open(name, "w") as file:
-                file.write(str(limit))
-        except OSError as exc:
-            log.debug("%s stays at the kernel's default: %s", name, exc.strerror)
+    connection = f"{CONNECTIONS}/{os.minor(device)}"
+    read_ahead_limit = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    try:
+        with open(read_ahead_limit, "w") as file:
+            file.write(str(read_ahead // 1024))
+    except OSError as exc:
+        log.debug("%s stays at the kernel's default: %s", read_ahead_limit, exc.strerror)
+    # In a mount namespace of its own: systemd mounts fusectl for all, elsewhere it is not ours to do so.
+    script = (
+        f"[ -d {connection} ] || mount -t fusectl fusectl {CONNECTIONS}"
+        f" && echo {MAX_BACKGROUND} >{connection}/max_background"
+        f" && echo {MAX_BACKGROUND * 3 // 4} >{connection}/congestion_threshold"
+    )
+    try:
+        subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script],
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TUNE_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as exc:
+        reason = (getattr(exc, "stderr", None) or str(exc)).strip()
+        log.debug("%s: its limits stay at the kernel's defaults: %s", connection, reason)
 
 
 async def wait_ready(path: str, inside: str) -> None:
