@@ -108,7 +108,18 @@ class Attachments:
 
 def check_name(name: str) -> None:
     """Refuse what cannot be a file's name."""
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
-        raise SourceError(f"{name!r}: expected a file name, without '/'")
-    if len(name.encode(errors="surrogateescape")) > MAX_NAME:
+    if is_file_name(name):
+        return
+    if len(_bytes(name)) > MAX_NAME:
         raise SourceError(f"{name[:20]!r}...: expected a file name of at most {MAX_NAME} bytes")
+    raise SourceError(f"{name!r}: expected a file name, without '/'")
+
+
+def is_file_name(name: str) -> bool:
+    return (
+        name not in ("", ".", "..") and "/" not in name and "\0" not in name and len(_bytes(name)) <= MAX_NAME
+    )
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")

@@ -19,6 +19,8 @@ from volfs.backends.rbd_cluster import Cluster, ClusterAccess, access_from_envir
 from volfs.backends.rbd_image import RbdImage, open_image
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 
+NAME = r"[^/@\0\ud800-\udfff]+"  # of a pool, namespace, image or snapshot: librados wants UTF-8
+
 
 class RbdSource(Source, frozen=True, kw_only=True):
     """An image or a snapshot of one, and the cluster it is on."""
@@ -50,6 +52,11 @@ class RbdSettings(Settings, frozen=True, kw_only=True):
     monitors: tuple[str, ...] = ()  # in place of the configuration's
     arguments: tuple[str, ...] = ()  # further options, as on the command line of `ceph`
     pools: tuple[str, ...] = ()  # all pools with the rbd application when empty
+
+    def __post_init__(self) -> None:
+        for pool in self.pools:
+            if not _is_name(pool):
+                raise ValueError(f"pools: expected names of pools, not {pool!r}")
 
     def cluster_access(self) -> ClusterAccess:
         """How the cluster is reached; the environment counts where the settings say nothing at all."""
@@ -95,9 +102,9 @@ class RbdBackend(Backend):
 
     @classmethod
     def parse_prefix(cls, rest: str, environment: Mapping[str, str]) -> tuple[RbdSettings, tuple[str, ...]]:
-        if not re.fullmatch(r"([^/@\0]+(/[^/@\0]+)?)?", rest):
+        path = tuple(rest.split("/")) if rest else ()
+        if len(path) > 2 or not all(map(_is_name, path)):
             raise SourceError(f"rbd:{rest}: expected rbd:POOL[/NAMESPACE], or rbd: for all pools")
-        path = tuple(filter(None, rest.split("/")))
         return _settings(access_from_environment(environment), pools=path[:1]), path
 
     @classmethod
@@ -138,7 +145,7 @@ class RbdBackend(Backend):
 
     async def lookup(self, path: Sequence[str]) -> Entry:
         if len(path) == 1:
-            if self.settings.pools and path[0] not in self.settings.pools:
+            if not _is_name(path[0]) or (self.settings.pools and path[0] not in self.settings.pools):
                 raise VolumeNotFound(f"rbd:{path[0]}: no pool of backend {self.name}")
             async with self._cluster.pool(path[0]):
                 return Directory(path[0])
@@ -173,6 +180,11 @@ class RbdBackend(Backend):
             try:
                 info = await self._cluster.run(find, doing=source.url)
             except VolumeNotFound:
+                place = f"rbd:{source.pool}/{source.namespace}"
+                if source.namespace and not await self._cluster.run(
+                    lambda: _namespace_exists(ioctx, source.namespace), doing=place
+                ):
+                    raise VolumeNotFound(f"{place}: no such namespace") from None
                 raise VolumeNotFound(f"{source.url}: no such image") from None
         if info is None:
             raise VolumeNotFound(f"{source.url}: no such snapshot")
@@ -211,7 +223,11 @@ class RbdBackend(Backend):
 
     async def _has_namespace(self, pool: str, namespace: str) -> bool:
         async with self._cluster.pool(pool) as ioctx:
-            return bool(await self._cluster.run(lambda: _namespace_exists(ioctx, namespace), doing=pool))
+            return bool(
+                await self._cluster.run(
+                    lambda: _namespace_exists(ioctx, namespace), doing=f"rbd:{pool}/{namespace}"
+                )
+            )
 
     def _scan(self, ioctx: Any, pool: str, namespace: str) -> Iterator[Entry]:
         import rbd
@@ -221,7 +237,7 @@ class RbdBackend(Backend):
                 yield Directory(name)
         elif not _namespace_exists(ioctx, namespace):  # to RADOS it would be an empty one
             raise VolumeNotFound(f"rbd:{pool}/{namespace}: no such namespace")
-        images = [image for image in rbd.RBD().list2(ioctx) if "/" not in image["name"]]
+        images = [image for image in rbd.RBD().list2(ioctx) if _is_name(image["name"])]
         headers = rbd_header.read_headers(ioctx, [image["id"] for image in images])
         for image, header in zip(images, headers, strict=True):
             if header is not None:  # removed since, or of format 1, which has no id
@@ -262,13 +278,16 @@ def _namespace_exists(ioctx: Any, namespace: str) -> bool:
 
 def _parse_image(text: str, where: str) -> dict[str, Any]:
     """Split `pool/[namespace/]image[@snapshot]`; `where` begins the message of the SourceError."""
-    name = r"[^/@\0]+"
     match = re.fullmatch(
-        rf"(?P<pool>{name})/((?P<namespace>{name})/)?(?P<image>{name})(@(?P<snapshot>{name}))?", text
+        rf"(?P<pool>{NAME})/((?P<namespace>{NAME})/)?(?P<image>{NAME})(@(?P<snapshot>{NAME}))?", text
     )
     if match is None or {".", ".."} & set(match.groups()):
         raise SourceError(f"{where}: expected rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT]")
     return {key: value or "" for key, value in match.groupdict().items()}
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(NAME, text) is not None and text not in (".", "..")
 
 
 def _field(data: Mapping[str, Any], key: str, where: str) -> str | None:

@@ -76,6 +76,8 @@ class Filesystem(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         with _errors("lookup"):
+            if len(name) > NAME_MAX:  # not each backend's way to say so
+                raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
             parent = self._tree.node(parent_inode)
             node = await self._tree.lookup(parent, os.fsdecode(name))
             await self._refresh(node)

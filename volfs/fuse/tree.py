@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from volfs.attached import Attachments
+from volfs.attached import Attachments, is_file_name
 from volfs.backends.base import Backend, Directory, Entry, Source, VolumeInfo
 from volfs.errors import VolfsError, VolumeNotFound
 
@@ -118,7 +118,10 @@ class Tree:
                 ]
             case DirectoryNode():
                 entries = await parent.backend.list(parent.path)
-                children = [(entry.name, self._of(parent, entry)) for entry in entries]
+                # One name that no file can have would spoil the listing of all.
+                children = [
+                    (entry.name, self._of(parent, entry)) for entry in entries if is_file_name(entry.name)
+                ]
         return sorted(children, key=lambda child: child[0])
 
     async def refresh(self, node: VolumeNode) -> VolumeInfo:
