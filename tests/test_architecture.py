@@ -42,7 +42,7 @@ LAYERS = """
     volfs.backends.base
     volfs.native.libiscsi
     volfs.native
-    volfs.errors
+    volfs.errors volfs.identity
     volfs.version
 """
 # The modules of a driver may know each other (without cycles), but not another driver's.

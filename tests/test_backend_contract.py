@@ -333,7 +333,8 @@ async def test_list_lookup_and_stat_agree_and_leave_nothing_behind(
     assert backend.serves(stored.source)
     assert as_shown(stated) == as_shown(found) == as_shown(listed)
     assert stated.size == SIZE
-    assert stated.source == stored.source  # one volume has one identity, whichever way it was found
+    assert stated.source == stored.source  # one volume is one, whichever way it was found
+    assert stated.identity == found.identity == listed.identity != ""
     assert not stated.read_only
     assert stored.users() == []
 

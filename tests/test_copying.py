@@ -370,6 +370,19 @@ def test_verify_of_what_cannot_be_read_again_is_refused_before_anything_is_writt
 # Targets that are too small, grow, or are the source
 
 
+@pytest.mark.parametrize("mode", ["wb", "r+b"])
+def test_a_character_device_takes_all_as_a_pipe_does(mode: str) -> None:
+    """One can seek there, but it has no size that could be too small."""
+    with open("/dev/null", mode) as target:
+        copy_volume_data(io.BytesIO(DATA), target, len(DATA))
+        with pytest.raises(ValueError, match="expected seekable files"):
+            copy_volume_data(io.BytesIO(DATA), target, len(DATA), verify=True)
+    with open("/dev/full", mode, 0) as target:
+        exc = failure(copy_volume_data, io.BytesIO(DATA), target, len(DATA))
+    assert exc.errno == errno.ENOSPC
+    assert str(exc) == "copy stopped at offset 0: No space left on device"
+
+
 def test_a_target_that_is_too_small_is_refused_before_a_byte_is_written() -> None:
     source, target = Raw(DATA), Raw(bytes(1000))
     target.seek(500)

@@ -11,12 +11,14 @@ import fcntl
 import io
 import os
 import queue
+import stat
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import IO, Any
 
 from volfs.errors import CopyError, VolfsError, error_text
+from volfs.identity import local_identity
 
 BLOCK_SIZE = 4 << 20
 BLOCKS_AHEAD = 4  # read but not yet written; bounds the memory, and more than two hides no more latency
@@ -37,8 +39,9 @@ def copy_volume_data(
 
     Works on any two binary file objects: of open_volume, io.BytesIO, os-brick's RBDVolumeIOWrapper. A target that
     ends before `size` bytes is enlarged if it is an ordinary file, and refused (ENOSPC) before the first byte is
-    written if it is not. `progress` is called in this thread with the number of bytes written so far. With `verify`
-    both are read again, past the page cache, and compared; both must then be seekable and the target readable.
+    written if it is a volume or a block device; what has no end, such as a pipe or /dev/null, takes all. `progress` is
+    called in this thread with the number of bytes written so far. With `verify` both are read again, past the page
+    cache, and compared; both must then be seekable and the target readable.
 
     Raises CopyError with the errno of the cause; its `offset` tells how many bytes had been written, or where the
     two differ. The position of the files is undefined then. Do not use the files elsewhere meanwhile.
@@ -105,17 +108,13 @@ def file_size(file: IO[bytes]) -> int:
 
 def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, verify: bool) -> None:
     _check_sizes(size, block_size)
-    numbers = _descriptor(source), _descriptor(target)
-    if source is target or (
-        None not in numbers
-        and os.path.samestat(*(os.fstat(number) for number in numbers if number is not None))
-    ):
+    if source is target or _same(source, target):
         raise VolfsError("source and target are the same volume", errno.EINVAL)
-    if verify and not (source.seekable() and target.seekable() and _can("readable", target)):
+    if verify and (_is_stream(source) or _is_stream(target) or not _can("readable", target)):
         raise ValueError("verify=True: expected seekable files, and a target opened for reading too (r+b)")
     if not _can("writable", target):
         raise ValueError("expected a target opened for writing (r+b)")
-    if target.seekable():
+    if not _is_stream(target):
         end = target.tell() + size
         have = file_size(target)
         if have < end:
@@ -242,6 +241,29 @@ def _is_volume(file: IO[bytes]) -> bool:
         return number is not None and bool(os.getxattr(number, "user.volfs.source"))
     except OSError:
         return False
+
+
+def _same(one: IO[bytes], other: IO[bytes]) -> bool:
+    identity = _identity(one)
+    return identity is not None and identity == _identity(other)
+
+
+def _identity(file: IO[bytes]) -> str | None:
+    """What the file is, whatever path, link, mount or URL led to it; None when nobody knows."""
+    number = _descriptor(file)
+    if number is None:
+        return None
+    try:
+        told = os.fsdecode(os.getxattr(number, "user.volfs.identity"))
+    except OSError:
+        told = ""
+    return told or local_identity(os.fstat(number))
+
+
+def _is_stream(file: IO[bytes]) -> bool:
+    """Whether the file has no size: a pipe, a socket; also a terminal or /dev/null, though one can seek there."""
+    number = _descriptor(file)
+    return not file.seekable() or (number is not None and stat.S_ISCHR(os.fstat(number).st_mode))
 
 
 def _appends(file: IO[bytes]) -> bool:

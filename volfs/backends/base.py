@@ -84,6 +84,9 @@ class VolumeInfo:
     mtime_ns: int = 0  # stable as long as nobody writes; 0 when the backend does not know
     allocated: int | None = None  # bytes; None when unknown
     read_only: bool = False  # a snapshot, or write-protected
+    # By what the storage itself knows the volume: equal whatever name, portal or user leads to it, and for no other
+    # volume in the world. "" when unknown.
+    identity: str = ""
     details: Mapping[str, str] = field(default_factory=dict)  # more for `volfs info` and user.volfs.*
 
 

@@ -20,6 +20,7 @@ import trio
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
 from volfs.backends.local import THREADS, LocalVolume, local_errors, normal_path, volume_path
 from volfs.errors import BackendError, SourceError, VolumeNotFound
+from volfs.identity import local_identity
 
 BLKSSZGET = 0x1268  # logical block size, linux/fs.h
 
@@ -156,6 +157,7 @@ class BlockBackend(Backend):
             size=int(sys.joinpath("size").read_text()) * BLOCK_UNIT,
             mtime_ns=status.st_mtime_ns,
             read_only=ro or source.read_only or self.settings.read_only,
+            identity=local_identity(status),
         )
 
 

@@ -17,6 +17,7 @@ import trio
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
 from volfs.backends.local import THREADS, LocalVolume, local_errors, normal_path, volume_path
 from volfs.errors import BackendError, SourceError, VolumeNotFound
+from volfs.identity import local_identity
 
 
 class FileSource(Source, frozen=True, kw_only=True):
@@ -123,6 +124,7 @@ class FileBackend(Backend):
             mtime_ns=status.st_mtime_ns,
             allocated=status.st_blocks * BLOCK_UNIT,
             read_only=source.read_only or self.settings.read_only,
+            identity=local_identity(status),
         )
 
 

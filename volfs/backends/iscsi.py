@@ -176,6 +176,7 @@ class IscsiBackend(Backend):
             source=source,
             size=disk.size,
             read_only=source.read_only or self.settings.read_only or disk.mode.write_protected,
+            identity=f"iscsi {source.iqn} {source.lun}",  # names of targets are unique world-wide
             details={
                 "vendor": disk.vendor,
                 "product": disk.product,

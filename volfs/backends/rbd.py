@@ -171,10 +171,12 @@ class RbdBackend(Backend):
         source = msgspec.structs.replace(source, access=self._access)
 
         def find() -> VolumeInfo | None:
-            (header,) = rbd_header.read_headers(ioctx, [rbd_header.read_image_id(ioctx, source.image)])
+            image_id = rbd_header.read_image_id(ioctx, source.image)
+            (header,) = rbd_header.read_headers(ioctx, [image_id])
             if header is None:
                 raise VolumeNotFound("removed meanwhile")
-            return next((info for info in self._infos(source, header) if info.name == source.name), None)
+            infos = self._infos(source, image_id, header)
+            return next((info for info in infos if info.name == source.name), None)
 
         async with self._cluster.pool(source.pool, source.namespace) as ioctx:
             try:
@@ -242,10 +244,11 @@ class RbdBackend(Backend):
         for image, header in zip(images, headers, strict=True):
             if header is not None:  # removed since, or of format 1, which has no id
                 source = RbdSource(pool=pool, namespace=namespace, image=image["name"], access=self._access)
-                yield from self._infos(source, header)
+                yield from self._infos(source, image["id"], header)
 
-    def _infos(self, source: RbdSource, header: rbd_header.Header) -> Iterator[VolumeInfo]:
+    def _infos(self, source: RbdSource, image_id: str, header: rbd_header.Header) -> Iterator[VolumeInfo]:
         """The files of one image: itself and its snapshots."""
+        identity = f"rbd {image_id}"  # half of it is random: no two clusters have the same
         details = {"features": header.feature_names, "snapshots": str(len(header.snapshots))}
         yield VolumeInfo(
             name=source.image,
@@ -253,6 +256,7 @@ class RbdBackend(Backend):
             size=header.size,
             mtime_ns=header.modified_ns,
             read_only=source.read_only or self.settings.read_only,
+            identity=identity,
             details=details,
         )
         for snapshot in header.snapshots:
@@ -262,6 +266,7 @@ class RbdBackend(Backend):
                 size=snapshot.size,
                 mtime_ns=snapshot.created_ns,
                 read_only=True,
+                identity=f"{identity}@{snapshot.name}",
                 details={"features": header.feature_names},
             )
 

@@ -14,7 +14,7 @@ from volfs.version import VERSION
 PREFIX = "user.volfs."
 ROOT_NAMES = ("control", "version")
 DIRECTORY_NAMES = ("backend", "driver")
-VOLUME_NAMES = ("source", "driver", "backend", "size", "read_only", "sessions")
+VOLUME_NAMES = ("source", "driver", "backend", "size", "read_only", "sessions", "identity")
 
 
 def names(node: Node) -> list[str]:
@@ -44,6 +44,7 @@ async def value(node: Node, name: str, files: OpenFiles, control: str) -> str:
                 "size": str(node.info.size),
                 "read_only": "yes" if node.info.read_only else "no",
                 "sessions": str(len(files.of(node.backend, node.info.source))),
+                "identity": node.info.identity,
             }[name]
         case VolumeNode():
             return (await node.backend.describe(node.info.source)).get(name, "")
