@@ -103,14 +103,18 @@ def mount(
         sys.stdout.buffer.write(control.encode(refused))
         sys.exit(WRONG_USE)
     _ceph_environment(conf, id)
-    settings = configuration.load(config) if config else configuration.Config()
+    settings = configuration.Config()
+    if config is not None:
+        settings = configuration.load(config)
+        for warning in configuration.exposed_secrets(config, settings):
+            print(f"volfs: warning: {warning}", file=sys.stderr)
     settings = configuration.add_prefixes(settings, prefixes or [], os.environ)
     settings = configuration.add_options(settings, options)
     what = ", ".join([*settings.backends, "attached"])
     line = f"{mountpoint}: ready ({what})"
     if daemon:
         arguments = [os.path.abspath(mountpoint), *(prefixes or []), *(["-o", options] if options else [])]
-        arguments += ["--config", os.path.abspath(config)] if config else []
+        arguments += ["--config", os.path.abspath(config)] if config is not None else []
         arguments += ["--exit-idle", str(exit_idle)] if exit_idle is not None else []
         mounting.serve_in_background([*arguments, *(["-v"] if verbose else [])], socket)
         print(line)

@@ -7,6 +7,8 @@ import math
 import os
 import pwd
 import re
+import shlex
+import stat
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -75,7 +77,7 @@ def load(path: str) -> Config:
         with open(path, "rb") as file:
             text = tomllib.load(file)
     except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}", exc.errno) from exc
+        raise ConfigError(f"{path or repr(path)}: {exc.strerror}", exc.errno) from exc
     except (ValueError, RecursionError) as exc:  # also of numbers beyond all measure, and of endless brackets
         raise ConfigError(f"{path}: not TOML: {exc}") from exc
     try:
@@ -87,6 +89,33 @@ def load(path: str) -> Config:
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc}") from exc
     return Config(mount=file_settings.mount, backends=backends)
+
+
+def exposed_secrets(path: str, config: Config) -> list[str]:
+    """One line for each file that others may read: the configuration itself, and those it names, if with a secret."""
+    holders: dict[str, list[str]] = {}  # file: the keys
+    for name, (_, settings) in config.backends.items():
+        for key in settings.secrets():
+            holders.setdefault(path, []).append(f"backends.{name}.{key}")
+        for key in settings.secret_paths:
+            for file in _paths(settings, key):
+                holders.setdefault(file, []).append(f"backends.{name}.{key}")
+    return [
+        f"{file}: {who} may read the secret of {', '.join(keys)}: chmod 600 {shlex.quote(file)}"
+        for file, keys in holders.items()
+        if (who := _other_readers(file))
+    ]
+
+
+def _other_readers(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except OSError:  # whoever needs it will say so
+        return ""
+    if status.st_mode & stat.S_IROTH:
+        return "everybody"
+    # A group may be how we read somebody else's file; of our own it means others.
+    return "its group" if status.st_mode & stat.S_IRGRP and status.st_uid == os.geteuid() else ""
 
 
 def add_prefixes(config: Config, prefixes: Sequence[str], environment: Mapping[str, str]) -> Config:
@@ -149,7 +178,16 @@ def _backend(name: str, table: Any, where: str) -> tuple[str, Settings]:
     settings = _convert(rest, backend_class(driver).settings_type, where + ".")
     if not 0 < settings.timeout < math.inf:
         raise ConfigError(f"{where}.timeout: expected seconds above 0, not {settings.timeout:g}")
+    for key in settings.paths:
+        # A daemon in the background has another working directory than whoever started it.
+        if not all(map(os.path.isabs, _paths(settings, key))):
+            raise ConfigError(f"{where}.{key}: expected an absolute path, not {getattr(settings, key)!r}")
     return driver, settings
+
+
+def _paths(settings: Settings, key: str) -> list[str]:
+    text = getattr(settings, key)
+    return text.split(",") if text else []
 
 
 def _convert(value: Any, kind: type[T], where: str) -> T:

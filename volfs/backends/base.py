@@ -59,9 +59,18 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every backend may be told in volfs.toml; drivers add their own. Hashable."""
 
+    paths: ClassVar[
+        tuple[str, ...]
+    ] = ()  # the keys that are a file's path, or several with commas between them
+    secret_paths: ClassVar[tuple[str, ...]] = ()  # of these, the files that hold a secret
+
     timeout: float = 30.0  # seconds the storage may take to answer one request
     read_only: bool = False
     resize: bool = False  # truncate(2) to another size is a real resize, not EPERM
+
+    def secrets(self) -> Sequence[str]:
+        """The keys that are set to a secret."""
+        return ()
 
     def __repr__(self) -> str:  # they may hold keys and passwords, and logs show reprs
         return f"{type(self).__name__}(...)"
@@ -226,4 +235,4 @@ def deadline(seconds: float, doing: str) -> Iterator[None]:
     with trio.move_on_after(seconds) as scope:
         yield
     if scope.cancelled_caught:
-        raise BackendTimeout(f"{doing}: no answer within {seconds:g} s")
+        raise BackendTimeout(f"{doing}: no answer within {round(seconds, 3):g} s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote, unquote
 
@@ -59,6 +59,8 @@ class IscsiSource(Source, frozen=True, kw_only=True):
 class IscsiSettings(Settings, frozen=True, kw_only=True):
     """A backend of driver `iscsi`."""
 
+    paths = secret_paths = ("chap_password_file", "mutual_chap_password_file")
+
     portals: tuple[str, ...]  # "address[:port]", IPv6 in brackets; several are tried in order
     targets: tuple[str, ...] = ()  # the names to show; all that the portals offer when empty
     initiator_name: str = ""  # by default that of open-iscsi, whom the storage knows this machine by
@@ -76,9 +78,11 @@ class IscsiSettings(Settings, frozen=True, kw_only=True):
         # ValueErrors: msgspec turns them into its own error, with the key's path.
         if not self.portals:
             raise ValueError("portals: expected at least one")
-        msgspec.structs.force_setattr(
-            self, "portals", tuple(normal_portal(portal) for portal in self.portals)
-        )
+        try:
+            portals = tuple(normal_portal(portal) for portal in self.portals)
+        except ValueError as exc:
+            raise ValueError(f"portals: {exc}") from None
+        msgspec.structs.force_setattr(self, "portals", portals)
         for key, names in (("targets", self.targets), ("initiator_name", (self.initiator_name,))):
             for name in names:
                 if name and not is_iscsi_name(name):
@@ -98,6 +102,9 @@ class IscsiSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("mutual_chap_username: expected together with chap_username")
         if self.queue_depth < 1:
             raise ValueError("queue_depth: expected at least 1")
+
+    def secrets(self) -> Sequence[str]:
+        return [key for key in ("chap_password", "mutual_chap_password") if getattr(self, key)]
 
 
 _ACCOUNT = ("username", "password", "password_file")

@@ -44,6 +44,9 @@ class RbdSource(Source, frozen=True, kw_only=True):
 class RbdSettings(Settings, frozen=True, kw_only=True):
     """A backend of driver `rbd`."""
 
+    paths = ("conf", "keyring")
+    secret_paths = ("keyring",)
+
     conf: str | None = None  # ceph.conf; by default CEPH_CONF, or /etc/ceph/<cluster>.conf
     id: str | None = None  # Ceph user, without "client."
     cluster: str | None = None
@@ -57,6 +60,10 @@ class RbdSettings(Settings, frozen=True, kw_only=True):
         for pool in self.pools:
             if not _is_name(pool):
                 raise ValueError(f"pools: expected names of pools, not {pool!r}")
+
+    def secrets(self) -> Sequence[str]:
+        inline = any(argument.partition("=")[0] == "--key" for argument in self.arguments)
+        return [key for key, given in (("key", self.key), ("arguments", inline)) if given]
 
     def cluster_access(self) -> ClusterAccess:
         """How the cluster is reached; the environment counts where the settings say nothing at all."""
