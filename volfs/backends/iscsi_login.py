@@ -61,10 +61,13 @@ def libiscsi() -> Any:
     try:
         from volfs.native import libiscsi
     except ImportError as exc:
-        raise BackendError(
-            f"the iscsi driver needs libiscsi: {exc} (install libiscsi's headers, then volfs again)",
-            errno.ENOTSUP,
-        ) from exc
+        # Either what was compiled does not find its shared library, or nothing was compiled.
+        what = (
+            "apt install libiscsi7"
+            if ".so" in str(exc)
+            else "apt install libiscsi-dev, and install volfs again"
+        )
+        raise BackendError(f"the iscsi driver needs libiscsi ({what}): {exc}", errno.EOPNOTSUPP) from exc
     return libiscsi
 
 
@@ -210,6 +213,7 @@ def connection_error(text: str, doing: str) -> BackendError:
 def _login_error(text: str, login: Login, target: str | None, address: str) -> VolfsError:
     who = f"iscsi portal {address}: target {target}" if target else f"iscsi portal {address}: discovery"
     match = re.search(r"Status: .*\((\d+)\)", text)
+    text = text.removeprefix("Failed to log in to target. Status: ")
     if match is None and "CHAP" in text:
         return BackendError(f"{who}: the target did not prove itself by mutual CHAP: {text}", errno.EACCES)
     status = int(match.group(1)) if match else 0
@@ -261,6 +265,7 @@ async def _resolve(portal: str, threads: trio.CapacityLimiter) -> list[str]:
                 abandon_on_cancel=True,
             )
         except (OSError, UnicodeError) as exc:
-            raise BackendError(f"iscsi portal {portal}: {exc}", errno.EHOSTUNREACH) from exc
+            reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+            raise BackendError(f"iscsi portal {portal}: {reason}", errno.EHOSTUNREACH) from exc
     hosts = [str(sockaddr[0]) for *_, sockaddr in found]
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
