@@ -149,9 +149,15 @@ def mount_attribute(path: str, key: str) -> str:
     except OSError as exc:
         if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             raise MountError(f"{path}: not on a volfs mount", errno.EINVAL) from exc
-        if exc.errno == errno.ENOTCONN:
-            raise MountError(f"{path}: the volfs daemon of this mount is dead", errno.ENOTCONN) from exc
-        raise MountError(f"{path}: {exc.strerror}", exc.errno) from exc
+        raise path_error(path, exc) from exc
+
+
+def path_error(path: str, exc: OSError) -> MountError:
+    """What an error of the kernel at a path means, which may be on a mount."""
+    dead = exc.errno == errno.ENOTCONN
+    return MountError(
+        f"{path}: {'the volfs daemon of this mount is dead' if dead else exc.strerror}", exc.errno
+    )
 
 
 def connect(socket_path: str | None = None, request: Attach | None = None) -> Client:

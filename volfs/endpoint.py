@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO
 
-from volfs.api import mount_attribute, open_volume
+from volfs.api import mount_attribute, open_volume, path_error
 from volfs.backends import is_url
 from volfs.copying import compare_volume_data, copy_volume_data, file_size
 from volfs.errors import CopyError, MountError, VolfsError
@@ -93,7 +93,7 @@ def _open_path(path: str, writable: bool) -> IO[bytes]:
     try:
         number = os.open(path, flags, 0o600)
     except OSError as exc:
-        raise VolfsError(f"{path}: {exc.strerror}", exc.errno) from exc
+        raise path_error(path, exc) from exc
     mode = os.fstat(number).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(number)

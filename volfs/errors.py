@@ -26,7 +26,7 @@ class VolfsError(OSError):
     default_errno = errnos.EIO
 
     def __init__(self, message: str, errno: int | None = None) -> None:
-        super().__init__(self.default_errno if errno is None else errno, _printable(message))
+        super().__init__(self.default_errno if errno is None else errno, printable(message))
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -95,10 +95,10 @@ def error_text(exc: BaseException) -> str:
     """One line for people: our own message as it is, a plain OSError as `strerror: filename`."""
     if isinstance(exc, OSError) and not isinstance(exc, VolfsError) and exc.errno:
         where = f"{exc.filename}: " if exc.filename else ""
-        return _printable(f"{where}{exc.strerror or os.strerror(exc.errno)}")
-    return _printable(str(exc)) or type(exc).__name__
+        return printable(f"{where}{exc.strerror or os.strerror(exc.errno)}")
+    return printable(str(exc)) or type(exc).__name__
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """One line, whatever is in the names it tells: line ends, escapes of a terminal and stray bytes are spelt out."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

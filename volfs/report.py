@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from rich.filesize import decimal
 
 from volfs import catalog
-from volfs.api import mount_attribute
+from volfs.api import mount_attribute, path_error
 from volfs.backends import is_url
 from volfs.backends.base import VolumeInfo
 from volfs.control import StatusReply
-from volfs.errors import VolfsError
+from volfs.errors import printable
 
 Facts = dict[str, str | int | bool]
 
@@ -47,17 +47,18 @@ def table(rows: Iterable[Facts]) -> str:
     """Rows of `listing` in columns: size, time of the last change, name; directories end with a slash."""
     lines = []
     for row in rows:
+        name = printable(str(row["name"]))
         if row["type"] == "directory":
-            lines.append(f"{'-':>10}  {'-':19}  {row['name']}/")
+            lines.append(f"{'-':>10}  {'-':19}  {name}/")
         else:
             mark = "  (read-only)" if row["read_only"] else ""
-            lines.append(f"{decimal(int(row['size'])):>10}  {row['modified'] or '-':19}  {row['name']}{mark}")
+            lines.append(f"{decimal(int(row['size'])):>10}  {row['modified'] or '-':19}  {name}{mark}")
     return "\n".join(lines)
 
 
 def lines(found: Facts) -> str:
     """Facts one to a line."""
-    return "\n".join(f"{key + ':':14} {value}" for key, value in found.items() if value != "")
+    return "\n".join(f"{key + ':':14} {printable(str(value))}" for key, value in found.items() if value != "")
 
 
 def status(reply: StatusReply) -> str:
@@ -71,7 +72,7 @@ def status(reply: StatusReply) -> str:
     for volume in reply.open:
         how = "read and write" if volume.writable else "read"
         text.append(f"  open: {volume.source}, {how}, {volume.handles} handles")
-    return "\n".join(text)
+    return "\n".join(map(printable, text))
 
 
 def _listing_of_path(path: str) -> list[Facts]:
@@ -86,7 +87,7 @@ def _listing_of_path(path: str) -> list[Facts]:
                     rows.append(_row(entry.name, found.st_size, found.st_mtime_ns, not found.st_mode & 0o222))
             return rows
     except OSError as exc:
-        raise VolfsError(f"{path}: {exc.strerror}", exc.errno) from exc
+        raise path_error(path, exc) from exc
 
 
 def _row(name: str, size: int, mtime_ns: int, read_only: bool) -> Facts:

@@ -59,9 +59,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every backend may be told in volfs.toml; drivers add their own. Hashable."""
 
-    paths: ClassVar[
-        tuple[str, ...]
-    ] = ()  # the keys that are a file's path, or several with commas between them
+    # The keys that are the path of a file, or of several with commas between them.
+    paths: ClassVar[tuple[str, ...]] = ()
     secret_paths: ClassVar[tuple[str, ...]] = ()  # of these, the files that hold a secret
 
     timeout: float = 30.0  # seconds the storage may take to answer one request
