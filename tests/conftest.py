@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run  # noqa: F401
 from disks import disk, make_disk, own_disk, shared_disk  # noqa: F401
 from mounts import Mount, mounted
 from services import (  # noqa: F401

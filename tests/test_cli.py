@@ -15,10 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
+from commands import Run, failed, ran, succeeded
 from mounts import VOLFS, Mount, is_mounted, mounted, require_fuse, run_volfs, wait_until
 from services import MIB, Services
 from volumes import Storage, StoredVolume, random_bytes
@@ -59,56 +59,10 @@ def no_daemon(tmp_path: Path) -> dict[str, str]:
     return {"XDG_RUNTIME_DIR": str(tmp_path), "VOLFS_SOCKET": ""}
 
 
-@dataclass
-class Ran:
-    """What a command that ran in this process did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process, which takes a tenth of the time that a new one does."""
-
-    def call(*arguments: str | Path, **environment: str) -> Ran:
-        with monkeypatch.context() as patch:
-            for key, value in {"COLUMNS": "100", "TERM": "dumb", **environment}.items():
-                patch.setenv(key, value)
-            patch.setattr(sys, "argv", ["volfs", *map(str, arguments)])
-            patch.setattr(os, "environ", os.environ.copy())
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        captured = capsys.readouterr()
-        return Ran(ended.value.code or 0, captured.out, captured.err)  # type: ignore[arg-type]
-
-    return call
-
-
 @pytest.fixture
 def ask(run: Run, daemon: Mount) -> Run:
     """Run the command as a client of the daemon."""
     return functools.partial(run, VOLFS_SOCKET=str(daemon.socket), **daemon.environment)
-
-
-def ran(done: subprocess.CompletedProcess[str]) -> Ran:
-    """What a command that ran in a process of its own did."""
-    return Ran(done.returncode, done.stdout, done.stderr)
-
-
-def failed(done: Ran, code: int, message: str) -> None:
-    """It ended with this exit code, and one line on stderr that is this, after "volfs: "."""
-    assert (done.code, done.out, done.err) == (code, "", f"volfs: {message}\n")
-
-
-def succeeded(done: Ran) -> str:
-    """Its output; nothing is said on stderr."""
-    assert (done.code, done.err) == (0, "")
-    return done.out
 
 
 # Usage
@@ -759,29 +713,3 @@ def test_mount_with_daemon_returns_when_io_works_and_umount_ends_it(tmp_path: Pa
     assert succeeded(done) == ""
     assert not is_mounted(tmp_path / "mnt")
     assert not (tmp_path / "run/control").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "{path}: No such file or directory"),
-        (lambda path: path.touch(), "{path}: expected a directory to mount on"),
-        (
-            lambda path: (path.mkdir(), (path / "x").touch()),
-            "{path}: expected an empty directory; its files would be hidden",
-        ),
-    ],
-    ids=["missing", "file", "not-empty"],
-)
-@pytest.mark.parametrize("background", [False, True], ids=["", "daemon"])
-def test_mountpoint_that_cannot_be_used(
-    tmp_path: Path, make: Callable[[Path], Any], message: str, background: bool
-) -> None:
-    require_fuse()
-    path = tmp_path / "mnt"
-    make(path)
-    options = ["--daemon"] if background else []
-    done = ran(run_volfs("mount", path, *options, "--socket", tmp_path / "control"))
-    failed(done, 1, message.format(path=path))
-    assert not (tmp_path / "control").exists()

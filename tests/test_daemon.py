@@ -158,49 +158,6 @@ def test_in_the_background_it_returns_when_io_works(place: Path, disk: Path) -> 
 
 
 @pytest.mark.slow
-def test_in_the_background_a_failed_start_is_told_in_one_line(place: Path, disk: Path) -> None:
-    done = run_volfs("mount", place / "missing", f"file:{disk.parent}", "--socket", place / "c", "--daemon")
-    assert_refused(done, str(place / "missing"), "No such file or directory")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["missing", "a file", "not empty", "mounted already"])
-def test_a_mountpoint_that_will_not_do_is_one_clear_line(place: Path, disk: Path, kind: str) -> None:
-    path = place / "mnt"
-    words = {
-        "missing": "No such file or directory",
-        "a file": "expected a directory",
-        "not empty": "expected an empty directory",
-        "mounted already": "mounted there already",
-    }
-    match kind:
-        case "a file":
-            path.touch()
-        case "not empty":
-            path.mkdir()
-            (path / "precious").touch()
-    mount = ["mount", path, f"file:{disk.parent}", "--socket"]
-    if kind == "mounted already":
-        with mounted(place, [f"file:{disk.parent}"]) as first:
-            assert_refused(run_volfs(*mount, place / "other"), str(path), words[kind])
-            assert (first.path / "file" / "disk").read_bytes() == disk.read_bytes()
-    else:
-        assert_refused(run_volfs(*mount, place / "control"), str(path), words[kind])
-        assert not (place / "control").exists()
-
-
-@pytest.mark.slow
-def test_a_second_daemon_on_the_same_socket_is_refused(place: Path, disk: Path) -> None:
-    (place / "second").mkdir()
-    with mounted(place, [f"file:{disk.parent}"]) as first:
-        done = run_volfs("mount", place / "second", f"file:{disk.parent}", "--socket", first.socket)
-        assert_refused(done, str(first.socket), "another volfs daemon")
-        assert not is_mounted(place / "second")
-        assert first.volfs("status").returncode == 0
-        assert (first.path / "file" / "disk").read_bytes() == disk.read_bytes()
-
-
-@pytest.mark.slow
 def test_many_starts_at_once_on_one_socket_make_one_daemon(place: Path, disk: Path) -> None:
     require_fuse()
     starts = []

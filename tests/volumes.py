@@ -60,10 +60,10 @@ def random_bytes(length: int, seed: int = 0) -> bytes:
 
 
 @contextmanager
-def raises(number: int) -> Iterator[None]:
+def raises(number: int) -> Iterator[pytest.ExceptionInfo[OSError]]:
     """The block raises an OSError (ours are such, too) with this errno."""
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is what tells
-        yield
+        yield caught
     assert errno.errorcode.get(caught.value.errno or 0) == errno.errorcode[number], caught.value
 
 

@@ -40,10 +40,10 @@ Id = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
 
 
-def _finite(seconds: float | None) -> float | None:
-    if seconds is not None and not math.isfinite(seconds):
-        raise typer.BadParameter(f"{seconds} is not a number of seconds.")
-    return seconds
+def _seconds(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise typer.BadParameter(f"expected a number of seconds, not {value:g}")
+    return value
 
 
 def main() -> None:
@@ -84,8 +84,7 @@ def mount(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            min=0,
-            callback=_finite,
+            callback=_seconds,
             help="End when nothing was attached or open for so long",
         ),
     ] = None,
@@ -178,7 +177,7 @@ def attach(
 def detach(
     name: Annotated[str, typer.Argument(help="Attached name, path or source")],
     wait: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, callback=_finite, help="For open files to be closed")
+        float, typer.Option(metavar="SECONDS", callback=_seconds, help="For open files to be closed")
     ] = 5.0,
     socket: Socket = None,
 ) -> None:
