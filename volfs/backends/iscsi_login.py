@@ -176,6 +176,8 @@ async def _log_in(login: Login, target: str | None, isid: tuple[int, int], addre
         except OSError as exc:
             if isinstance(exc, VolfsError):
                 raise
+            if exc.errno == errno.EIO:  # libiscsi could not even begin, and only its text says why
+                raise connection_error(exc.strerror or "", f"iscsi portal {address}: connect") from exc
             raise BackendError(f"iscsi portal {address}: {exc.strerror}", exc.errno) from exc
     raise BackendError(f"iscsi portal {address}: redirected {REDIRECTS} times", errno.ELOOP)
 

@@ -57,6 +57,8 @@ class RbdSettings(Settings, frozen=True, kw_only=True):
     pools: tuple[str, ...] = ()  # all pools with the rbd application when empty
 
     def __post_init__(self) -> None:
+        if not self.timeout.is_integer():
+            raise ValueError(f"timeout: expected whole seconds, as librados takes them, not {self.timeout:g}")
         for pool in self.pools:
             if not _is_name(pool):
                 raise ValueError(f"pools: expected names of pools, not {pool!r}")
