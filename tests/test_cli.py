@@ -98,6 +98,7 @@ def test_help_names_every_command(run: Run) -> None:
     [
         ([], "Missing command; see volfs --help"),
         (["nosuch"], "No such command 'nosuch'; see volfs --help"),
+        (["mont"], "No such command 'mont'. Did you mean 'mount', 'umount'? see volfs --help"),
         (["--nosuch"], "No such option: --nosuch; see volfs --help"),
         (["mount"], "Missing argument 'mountpoint'; see volfs mount --help"),
         (["copy", "a"], "Missing argument 'target'; see volfs copy --help"),

@@ -55,7 +55,8 @@ def main() -> None:
     except typer.TyperException as exc:
         context = getattr(exc, "ctx", None)
         command = context.command_path if context else "volfs"
-        _fail(f"{exc.format_message().rstrip('.')}; see {command} --help", WRONG_USE)
+        text = exc.format_message().rstrip(".")
+        _fail(f"{text}{'' if text.endswith('?') else ';'} see {command} --help", WRONG_USE)
     except (SourceError, ConfigError) as exc:
         _fail(error_text(exc), WRONG_USE)
     except OSError as exc:
