@@ -144,6 +144,7 @@ def scene(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield Scene(mount, here, environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda it: it.command)
 def test_the_line_is_what_the_command_says(
     run: Run, scene: Scene, mistake: Mistake, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,9 @@ from volumes import Storage, raises, random_bytes
 import volfs
 from volfs import api
 
+# What of this matters while writing code, test_cli.py and test_api.py have for each driver.
+pytestmark = pytest.mark.slow
+
 SECONDS = 1  # the configured timeout of backends that do not answer; librados takes whole ones
 IQN = "iqn.2026-01.org.volfs:nosuch"
 WRONG_KEY = "AQBzMJFnAAAAABAAqpPBPTGLwBrPHqXxLBEIhA=="
@@ -114,7 +117,6 @@ ANSWERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", PORTS)
 def test_an_iscsi_portal_that_does_not_answer(run: Run, unreachable: Unreachable, kind: str) -> None:
     portal = unreachable.portals[kind]
@@ -138,7 +140,6 @@ def test_an_iscsi_portal_that_does_not_answer(run: Run, unreachable: Unreachable
     unreachable.assert_alive()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", PORTS)
 def test_a_monitor_that_does_not_answer(run: Run, unreachable: Unreachable, kind: str) -> None:
     """librados goes on trying those that refuse, too, until the deadline."""
@@ -155,7 +156,6 @@ def test_a_monitor_that_does_not_answer(run: Run, unreachable: Unreachable, kind
     unreachable.assert_alive()
 
 
-@pytest.mark.slow
 def test_a_storage_that_no_route_leads_to(services: Services, tmp_path: Path) -> None:
     """In a network namespace of its own, which has no routes at all."""
     if os.geteuid() != 0:
@@ -267,7 +267,6 @@ def test_names_that_no_volume_can_have(storages: Mount, words: dict[str, str], p
     assert "Traceback" not in storages.log
 
 
-@pytest.mark.slow
 def test_images_that_no_file_can_be_named_after(
     services: Services, storages: Mount, new_image: ImageFactory
 ) -> None:
@@ -333,7 +332,6 @@ def test_a_secret_that_a_target_refuses(
 # Paths in the caller's environment
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["CEPH_CONF", "--conf", "CEPH_ARGS"])
 def test_relative_paths_are_the_callers(
     services: Services, module_storage: Storage, storages: Mount, tmp_path: Path, way: str
