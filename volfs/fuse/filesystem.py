@@ -299,7 +299,7 @@ class Filesystem(pyfuse3.Operations):
             # 0 for "unknown" would make tar and cp take the volume for one hole.
             allocated = attributes.st_size if info.allocated is None else info.allocated
             attributes.st_blocks = -(-allocated // BLOCK_UNIT)
-            attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = info.mtime_ns
+            attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = node.mtime_ns
         else:
             attributes.st_mode = stat.S_IFDIR | (mode & 0o444) | (mode & 0o444) >> 2
             attributes.st_nlink = 2
