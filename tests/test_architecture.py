@@ -40,14 +40,14 @@ LAYERS = """
     DRIVERS
     volfs.backends.local
     volfs.backends.base
-    volfs.native.libiscsi
+    volfs.native.libiscsi volfs.native.fuse_session
     volfs.native
     volfs.errors volfs.identity
     volfs.version
 """
 # The modules of a driver may know each other (without cycles), but not another driver's.
 DRIVERS = {
-    "rbd": "rbd rbd_cluster rbd_header rbd_image",
+    "rbd": "rbd rbd_cluster rbd_header rbd_image rbd_writes",
     "iscsi": "iscsi iscsi_login iscsi_session iscsi_source iscsi_volume scsi",
     "block": "block",
     "file": "file",

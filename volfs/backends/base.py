@@ -126,8 +126,10 @@ class BackendVolume(trio.abc.AsyncResource):
 
     @abc.abstractmethod
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data`, which stays unchanged until this returns.
+        """Write all of `data`, which stays unchanged until this returns; what is read from then on is what was written.
 
+        A driver may return before the storage has confirmed it. An error that comes later is then raised by the next
+        `pwrite`, and by the next `flush` or `aclose` in any case.
         After an error or a cancellation none, some or all of it may be written, even later on; bytes outside the
         range keep their value.
         """

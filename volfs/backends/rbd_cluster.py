@@ -226,7 +226,7 @@ class Cluster:
             self.hold()  # until the callback, which may come long after we gave up
             status, result = await trio.lowlevel.wait_task_rescheduled(give_up)
         if status < 0:
-            raise _error(-status, f"{doing}: {os.strerror(-status)}", self.timeout)
+            raise rados_error(-status, f"{doing}: {os.strerror(-status)}", self.timeout)
         return result
 
     def _where(self) -> str:
@@ -265,11 +265,10 @@ class Cluster:
     def _options(self) -> dict[str, str]:
         access, seconds = self.access, f"{self.timeout:g}"
         options = {
-            # The other policies keep what was read, and images opened read-only are not told of others' writes.
-            "rbd_cache_policy": "writearound",
-            # It would hold back the write cache until a first flush shows that the user knows to flush. We do:
-            # at fsync, at each write of O_DSYNC, and when a handle that may write is closed.
-            "rbd_cache_writethrough_until_flush": "false",
+            # It keeps what was read, and images opened read-only are not told of others' writes; or it keeps only
+            # what is being written, which costs a copy. rbd_writes.py does that without.
+            "rbd_cache": "false",
+            "rbd_disable_zero_copy_writes": "false",
             # librados waits for ever unless told otherwise (300 s for the first contact).
             "client_mount_timeout": seconds,
             "rados_mon_op_timeout": seconds,
@@ -311,10 +310,10 @@ def rados_errors(doing: str, timeout: float) -> Iterator[None]:
         if not isinstance(number, int):
             raise
         text = str(exc.args[0]) if exc.args else type(exc).__name__
-        raise _error(abs(number), f"{doing}: {text}", timeout) from exc
+        raise rados_error(abs(number), f"{doing}: {text}", timeout) from exc
 
 
-def _error(number: int, text: str, timeout: float) -> BackendError | VolumeNotFound:
+def rados_error(number: int, text: str, timeout: float) -> BackendError | VolumeNotFound:
     if number == errno.ENOENT:
         return VolumeNotFound(text)
     if number == errno.ETIMEDOUT:

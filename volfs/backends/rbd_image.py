@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,8 @@ import trio
 
 from volfs.backends import rbd_header
 from volfs.backends.base import BackendVolume, Properties
-from volfs.backends.rbd_cluster import Cluster
+from volfs.backends.rbd_cluster import Cluster, rados_error, rados_errors
+from volfs.backends.rbd_writes import UnconfirmedWrites
 from volfs.errors import BackendError, VolumeNotFound
 
 SECTOR = 512  # librbd takes any offset and length; this is the block size its clients show
@@ -43,6 +45,7 @@ class RbdImage(BackendVolume):
         self._held = False  # the connection, by us
         self._dirty = False
         self._refreshing = trio.Lock()
+        self._writes = UnconfirmedWrites(cluster.timeout, f"{self._url}: write")
 
     async def open(self) -> None:
         self._cluster.hold()
@@ -56,22 +59,25 @@ class RbdImage(BackendVolume):
             raise
 
     async def pread(self, offset: int, length: int) -> bytes:
+        await self._writes.apart(offset, length)
         image = self._image
-        with self._shrunk_is_eio():
-            data: bytes = await self._aio("read", lambda done: image.aio_read(offset, length, done))
+        data: bytes = await self._aio("read", lambda done: image.aio_read(offset, length, done))
         if len(data) != length:
             raise BackendError(f"{self._url}: short read at {offset}: the image was shrunk", errno.EIO)
         return data
 
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
+        """Returns before the cluster has answered; if that is an error, the next write and the next flush raise it."""
         self._dirty = True
-        image, payload = self._image, data if isinstance(data, bytes) else bytes(data)
-        with self._shrunk_is_eio():
-            await self._aio("write", lambda done: image.aio_write(payload, offset, done))
+        self._raise_failure(self._writes.failure)
+        await self._writes.room(offset, len(data))
+        with rados_errors(f"{self._url}: write", self._cluster.timeout):
+            self._writes.start(
+                offset, data if isinstance(data, bytes) else bytes(data), self._image.aio_write
+            )
 
     async def flush(self) -> None:
-        image = self._image
-        await self._aio("flush", lambda done: image.aio_flush(done))
+        await self._flush(self._image)
 
     async def refresh(self) -> Properties:
         async with self._refreshing:  # one may reopen the image, which the others then ask
@@ -84,6 +90,7 @@ class RbdImage(BackendVolume):
 
     async def resize(self, size: int) -> None:
         image = self._image
+        await self._writes.settle()
         await self._cluster.run(lambda: image.resize(size), doing=f"{self._url}: resize")
         self.properties = self._read_properties(size)
 
@@ -145,9 +152,22 @@ class RbdImage(BackendVolume):
     async def _close_image(self, image: Any) -> None:
         try:
             if self._dirty:
-                await self._aio("flush", lambda done: image.aio_flush(done))
+                await self._flush(image)
         finally:
             await self._aio("close", lambda done: image.aio_close(done))
+
+    async def _flush(self, image: Any) -> None:
+        await self._writes.settle()
+        failure = self._writes.take_failure()
+        await self._aio("flush", lambda done: image.aio_flush(done))
+        self._raise_failure(failure)
+
+    def _raise_failure(self, number: int) -> None:
+        """Raise the error of a write that had been answered already."""
+        if number:
+            text = f"{self._url}: write: {os.strerror(number)}"
+            with self._requests():
+                raise rados_error(number, text, self._cluster.timeout)
 
     async def _reopen(self) -> None:
         """Take up a new size. librbd tells only images opened for writing, through their watcher."""
@@ -172,19 +192,18 @@ class RbdImage(BackendVolume):
         return Properties(size, SECTOR, self._writable, can_resize=self._writable)
 
     @contextmanager
-    def _shrunk_is_eio(self) -> Iterator[None]:
-        """librbd calls a request past the end invalid. Ours are within the size that we know, so that is not now."""
+    def _requests(self) -> Iterator[None]:
+        """What errors of requests mean on an image that is open."""
         try:
             yield
+        except VolumeNotFound as exc:  # a part of it, such as its data pool
+            raise BackendError(str(exc), errno.EIO) from exc
         except BackendError as exc:
             if exc.errno != errno.EINVAL:
                 raise
+            # librbd calls a request past the end invalid. Ours are within the size that we know, so that is not now.
             raise BackendError(f"{exc}: the image was shrunk", errno.EIO) from exc
 
     async def _aio(self, doing: str, start: Any) -> Any:
-        try:
+        with self._requests():
             return await self._cluster.aio(start, doing=f"{self._url}: {doing}")
-        except (
-            VolumeNotFound
-        ) as exc:  # the volume is open: what is missing is a part of it, such as its data pool
-            raise BackendError(str(exc), errno.EIO) from exc

@@ -1,0 +1,105 @@
+"""Writes to an RBD image that are answered before the cluster has confirmed them, as librbd's own cache does.
+
+A dd or cp has one write under way at a time and would wait for each. Here a write is taken when there is room for
+it, and the cluster's answer is awaited by `settle`, which a flush does first. librbd's cache in the same place
+copies every byte once more and answers by another thread, at twice the cost; so it is off (rbd_cluster.py) and the
+bytes go from our buffer to the socket, which is held until librbd has let go of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import trio
+
+from volfs.backends.base import deadline
+
+WINDOW = 16 * 1024 * 1024  # bytes that may be unconfirmed
+REQUESTS = 128  # writes that may be
+
+
+class _Write(NamedTuple):
+    offset: int
+    data: bytes
+
+
+class UnconfirmedWrites:
+    """Those of one open image, in the order of `start`. On the trio loop, but for librbd's callbacks."""
+
+    def __init__(self, timeout: float, doing: str) -> None:
+        self._timeout = timeout
+        self._doing = doing
+        # By number; taken out by librbd's threads. librbd reads the data until then, and does not hold it.
+        self._writes: dict[int, _Write] = {}
+        self._number = 0
+        self._waiting = 0
+        self._changed = trio.Event()
+        self.failure = 0  # the errno of the first that failed and was not told by `take_failure`
+
+    async def room(self, offset: int, length: int) -> None:
+        """Return when a write may start: nothing unconfirmed overlaps it, which librbd might pass."""
+        await self._wait(lambda: self._has_room(length) and not self._overlaps(offset, length))
+
+    async def apart(self, offset: int, length: int) -> None:
+        """Return when a read there sees what was written: librbd does not order it behind a write under way."""
+        await self._wait(lambda: not self._overlaps(offset, length))
+
+    async def settle(self) -> None:
+        """Return when all have been confirmed, or have failed."""
+        await self._wait(lambda: not self._writes)
+
+    def take_failure(self) -> int:
+        number, self.failure = self.failure, 0
+        return number
+
+    def start(
+        self, offset: int, data: bytes, aio_write: Callable[[bytes, int, Callable[..., None]], Any]
+    ) -> None:
+        """Begin the write. `aio_write(data, offset, callback)` is librbd's; what it raises is the caller's."""
+        self._number += 1
+        number, token = self._number, trio.lowlevel.current_trio_token()
+
+        def confirmed(completion: Any) -> None:  # on a thread of librbd
+            status = completion.get_return_value()
+            if status < 0 and not self.failure:
+                self.failure = -status
+            del self._writes[number]
+            if self._waiting:  # looked at after it has gone; a waiter does these in the other order
+                try:
+                    token.run_sync_soon(self._wake, idempotent=True)
+                except trio.RunFinishedError:
+                    pass  # the daemon is gone; so is who waited
+
+        self._writes[number] = _Write(offset, data)
+        try:
+            aio_write(data, offset, confirmed)
+        except BaseException:
+            del self._writes[number]
+            raise
+
+    def _has_room(self, length: int) -> bool:
+        writes = list(self._writes.values())
+        unconfirmed = sum(len(write.data) for write in writes)
+        return not writes or (len(writes) < REQUESTS and unconfirmed + length <= WINDOW)
+
+    def _overlaps(self, offset: int, length: int) -> bool:
+        return any(
+            write.offset < offset + length and offset < write.offset + len(write.data)
+            for write in list(self._writes.values())
+        )
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _wait(self, condition: Callable[[], bool]) -> None:
+        if condition():
+            return
+        self._waiting += 1
+        try:
+            with deadline(self._timeout, self._doing):
+                while not condition():
+                    await self._changed.wait()
+        finally:
+            self._waiting -= 1
