@@ -188,7 +188,9 @@ class Filesystem(pyfuse3.Operations):
                     pyfuse3.invalidate_inode(inode, attr_only=True)
                 except OSError as exc:  # the kernel has forgotten the inode, or is unmounting
                     log.debug("open: cannot renew the attributes of inode %d: %s", inode, exc)
-            return pyfuse3.FileInfo(fh=handle, direct_io=bool(flags & os.O_DIRECT), keep_cache=False)
+            # To a handle that only writes (dd, cp), the page cache would be one more copy, and nothing gained.
+            past_cache = bool(flags & os.O_DIRECT) or flags & os.O_ACCMODE == os.O_WRONLY
+            return pyfuse3.FileInfo(fh=handle, direct_io=past_cache, keep_cache=False)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         with _errors("read"):

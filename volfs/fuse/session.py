@@ -15,14 +15,19 @@ import trio
 from volfs.errors import MountError
 from volfs.fuse.filesystem import Filesystem
 
+try:
+    from volfs.native import fuse_session
+except ImportError:
+    fuse_session = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
 NAME = "volfs"  # of the file system, in /proc/mounts: "fuse.volfs" with source "volfs", free of '/' (see facts on df)
 UNMOUNT_SECONDS = 30.0
-TUNE_SECONDS = 5.0
 MAX_REQUESTS = 512  # handled at once, of which those of a hung backend must leave some to the others
-CONNECTIONS = "/sys/fs/fuse/connections"
-MAX_BACKGROUND = 256  # of these, read-ahead and other buffered requests
+# Of these, read-ahead and other buffered requests: the kernel's 12 do not fill our read-ahead, and a dozen readers of
+# one hung backend would take them all from the others.
+MAX_BACKGROUND = 256
 
 
 def prepare_mountpoint(path: str) -> None:
@@ -58,6 +63,8 @@ def mounted(filesystem: Filesystem, path: str, *, allow_other: bool) -> Iterator
     options = set(pyfuse3.default_options) | {f"fsname={NAME}", f"subtype={NAME}"}
     if allow_other:
         options.add("allow_other")
+    if fuse_session is not None:
+        fuse_session.configure(MAX_BACKGROUND)
     try:
         pyfuse3.init(filesystem, path, options)
     except RuntimeError as exc:
@@ -101,36 +108,19 @@ def unmount(path: str, *, lazy: bool = False) -> None:
 
 
 def tune(path: str, read_ahead: int) -> None:
-    """Raise the kernel's limits for this mount, where we may (root). Blocks: it asks the mount for its number.
+    """Set the kernel's read-ahead for this mount, where we may (root). Blocks: it asks the mount for its number.
 
-    `read_ahead` bytes instead of 128 KiB, which halve the speed of dd and cp; and more buffered requests under way
-    than 12, which do not fill that read-ahead, and which some readers of a hung backend would take from all others.
+    `read_ahead` bytes instead of 128 KiB, which halve the speed of dd and cp.
     """
     device = os.stat(path).st_dev
-    connection = f"{CONNECTIONS}/{os.minor(device)}"
-    read_ahead_limit = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    limit = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
     try:
-        with open(read_ahead_limit, "w") as file:
+        with open(limit, "w") as file:
             file.write(str(read_ahead // 1024))
     except OSError as exc:
-        log.debug("%s stays at the kernel's default: %s", read_ahead_limit, exc.strerror)
-    # In a mount namespace of its own: systemd mounts fusectl for all, elsewhere it is not ours to do so.
-    script = (
-        f"[ -d {connection} ] || mount -t fusectl fusectl {CONNECTIONS}"
-        f" && echo {MAX_BACKGROUND} >{connection}/max_background"
-        f" && echo {MAX_BACKGROUND * 3 // 4} >{connection}/congestion_threshold"
-    )
-    try:
-        subprocess.run(
-            ["unshare", "--mount", "sh", "-c", script],
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=TUNE_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as exc:
-        reason = (getattr(exc, "stderr", None) or str(exc)).strip()
-        log.debug("%s: its limits stay at the kernel's defaults: %s", connection, reason)
+        log.debug("%s stays at the kernel's default: %s", limit, exc.strerror)
+    if fuse_session is None or not fuse_session.hooked():
+        log.info("without the compiled helper fuse_session: at most 12 buffered requests at once")
 
 
 async def wait_ready(path: str, inside: str) -> None:

@@ -1,0 +1,91 @@
+/* What pyfuse3 leaves out of its libfuse session: limits agreed at the handshake, and one answer that must be quick.
+ *
+ * Why it exists: pyfuse3 3.5 has no hook into the init handshake, the only place where a mount of any user can raise
+ * the number of buffered requests under way (kernel default: 12). And before each buffered write the kernel asks for
+ * the attribute security.capability, in case the file must lose it; volumes never have one, and saying so by a
+ * coroutine took half as long as the write. Turning getxattr off (ENOSYS) would take away user.volfs.* as well, and
+ * the capability that stops the question (FUSE_HANDLE_KILLPRIV_V2) is not known to libfuse 3.14.
+ *
+ * How: loaded with RTLD_GLOBAL before pyfuse3, this definition of fuse_session_new is the one that pyfuse3 binds to. It
+ * replaces entries of the operation table and calls libfuse's own. Where that does not come about (another libfuse,
+ * static linking), pyfuse3 works as without it, and hooked() tells.
+ */
+#define PY_SSIZE_T_CLEAN
+#define FUSE_USE_VERSION 314
+#include <Python.h>
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fuse3/fuse_lowlevel.h>
+#include <string.h>
+
+typedef struct fuse_session *new_session(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
+
+/* Set before the mount and only read by its session, of which pyfuse3 allows one in a process. */
+static struct fuse_lowlevel_ops pyfuse3;
+static unsigned max_background;
+static int agreed;
+
+static void init(void *userdata, struct fuse_conn_info *conn)
+{
+    if (pyfuse3.init)
+        pyfuse3.init(userdata, conn);
+    if (max_background)
+        conn->max_background = max_background; /* libfuse sets the congestion threshold to three quarters of it */
+    agreed = 1;
+}
+
+static void getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size)
+{
+    if (strcmp(name, "security.capability") == 0)
+        fuse_reply_err(req, ENODATA);
+    else
+        pyfuse3.getxattr(req, ino, name, size);
+}
+
+__attribute__((visibility("default"))) struct fuse_session *
+fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size, void *userdata)
+{
+    new_session *libfuse = (new_session *)dlsym(RTLD_NEXT, "fuse_session_new");
+    struct fuse_lowlevel_ops ops = {0};
+
+    if (libfuse == NULL) {
+        errno = ENOSYS;
+        return NULL;
+    }
+    if (size > sizeof ops) /* of a newer libfuse than this was compiled with */
+        return libfuse(args, op, size, userdata);
+    memcpy(&ops, op, size);
+    pyfuse3 = ops;
+    ops.init = init;
+    if (ops.getxattr)
+        ops.getxattr = getxattr;
+    return libfuse(args, &ops, sizeof ops, userdata);
+}
+
+static PyObject *py_configure(PyObject *module, PyObject *args)
+{
+    if (!PyArg_ParseTuple(args, "I", &max_background))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_hooked(PyObject *module, PyObject *unused)
+{
+    return PyBool_FromLong(agreed);
+}
+
+static PyMethodDef methods[] = {
+    {"configure", py_configure, METH_VARARGS, "configure(max_background): what the next mount asks the kernel for."},
+    {"hooked", py_hooked, METH_NOARGS, "Whether the mount's handshake went through here."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "fuse_session", "What pyfuse3 leaves out of its session.", -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_fuse_session(void)
+{
+    return PyModule_Create(&definition);
+}
