@@ -237,6 +237,12 @@ def describe_lun(place: Any, portal: str, lun: Any, accounts: list[tuple[str, st
 
 @pytest.fixture(scope="session")
 def services() -> Iterator[Services]:
+    with running_services() as services:
+        yield services
+
+
+@contextlib.contextmanager
+def running_services() -> Iterator[Services]:
     """Ceph and iSCSI target, up and proven; stopped at the end unless they were running before."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"  # tgtadm, losetup
     for service, programs in (("ceph", script.DAEMONS[1:]), ("iscsi", ("tgtd",)), ("ceph", script.TOOLS)):

@@ -1,0 +1,300 @@
+"""scripts/bench: fio and dd against volfs and its peers, in one run, so that the ratios mean something.
+
+Every subject shows a volume of its own on the same storage. The rounds are interleaved: each job runs on one subject
+after the other before the next round begins, since machines change their speed from minute to minute. A figure is
+the median of the rounds; a ratio is the median of the rounds' ratios, to the peer that comes out best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import bench_subjects
+from bench_subjects import PEERS, Volume
+from rich.console import Console
+from rich.table import Table
+from services import MIB, Services, image, lun, running_services
+
+from volfs.version import VERSION
+
+LIMIT = "fio rbd"  # librbd without a file in between
+FILL = 4 * MIB
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement. `floor` is what volfs has to be, as a multiple of the best peer, on RBD."""
+
+    name: str
+    options: tuple[str, ...]  # of fio, or of dd
+    unit: str = "MB/s"
+    tool: str = "fio"
+    floor: float | None = None
+    quick: bool = True
+
+
+def _fio(rw: str, size: str, *, direct: int, depth: int = 1) -> tuple[str, ...]:
+    engine = "psync" if depth == 1 else "libaio"
+    options = (
+        f"--rw={rw}",
+        f"--bs={size}",
+        f"--direct={direct}",
+        f"--iodepth={depth}",
+        f"--ioengine={engine}",
+    )
+    return (*options, "--end_fsync=1") if "write" in rw else options
+
+
+JOBS = (
+    Job("read 1M direct", _fio("read", "1M", direct=1), floor=1.3),
+    Job("read 1M buffered", _fio("read", "1M", direct=0), floor=1.3),
+    Job("write 1M direct", _fio("write", "1M", direct=1), floor=0.9),
+    Job("write 1M buffered", _fio("write", "1M", direct=0), floor=0.9),
+    Job("dd bs=1M iflag=direct", ("bs=1M", "iflag=direct"), tool="dd"),
+    Job("dd bs=1M", ("bs=1M",), tool="dd"),
+    Job("randread 4k depth 1", _fio("randread", "4k", direct=1), "IOPS"),
+    Job("randread 4k depth 32", _fio("randread", "4k", direct=1, depth=32), "IOPS"),
+    Job("randwrite 4k depth 1", _fio("randwrite", "4k", direct=1), "IOPS", quick=False),
+    Job("randwrite 4k depth 32", _fio("randwrite", "4k", direct=1, depth=32), "IOPS", quick=False),
+)
+# Of volfs alone: a plain dd must not need to know of O_DIRECT.
+PLAIN, DIRECT, PLAIN_FLOOR = "dd bs=1M", "dd bs=1M iflag=direct", 0.9
+
+Samples = dict[str, dict[str, list[float]]]  # of each job, of each subject, one a round
+
+
+def main() -> int:
+    options = _arguments()
+    jobs = [job for job in JOBS if options.job in job.name and (job.quick or not options.quick)]
+    if not jobs:
+        return _fail(f"--job {options.job}: expected a part of one of: {', '.join(job.name for job in JOBS)}")
+    if missing := bench_subjects.missing_programs():
+        return _fail(f"{', '.join(missing)}: not installed (scripts/setup)")
+    console = Console(width=max(Console().width, 120), highlight=False)
+    begin = time.monotonic()
+    result: dict[str, Any] = {
+        "settings": vars(options) | {"json": None},
+        "machine": _machine(),
+        "drivers": {},
+    }
+    missed = []
+    with running_services() as services:
+        for driver in options.driver or (["rbd"] if options.quick else ["rbd", "iscsi"]):
+            samples = _measure(services, driver, jobs, options)
+            rows = [_row(job, samples[job.name]) for job in jobs]
+            result["drivers"][driver] = {"jobs": rows}
+            console.print(_table(driver, rows))
+            if driver == "rbd":
+                missed += [f"{row['job']}: {row['ratio']:.2f}" for row in rows if row["met"] is False]
+            if PLAIN in samples and DIRECT in samples:
+                plain = _ratio(samples[PLAIN]["volfs"], samples[DIRECT]["volfs"])
+                result["drivers"][driver]["plain_to_direct"] = round(plain, 3)
+                console.print(
+                    f"volfs: {PLAIN} is {plain:.2f} times as fast as {DIRECT} (floor {PLAIN_FLOOR})\n"
+                )
+                if driver == "rbd" and plain < PLAIN_FLOOR:
+                    missed.append(f"{PLAIN}: {plain:.2f}")
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{result['seconds']:g} s" + (f"; below its floor: {', '.join(missed)}" if missed else ""))
+    return 1 if missed and options.check else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__.split("\n\n")[0].split(": ")[1]
+    )
+    parser.add_argument("--quick", action="store_true", help="RBD only, less of everything; under 3 minutes")
+    parser.add_argument(
+        "--driver", action="append", choices=list(PEERS), help="only this one; may be repeated"
+    )
+    parser.add_argument("--job", default="", help="only jobs with this in their name")
+    parser.add_argument("--rounds", type=int, help="how often each job is run (5; quick: 3)")
+    parser.add_argument("--seconds", type=float, help="how long fio runs (4; quick: 1)")
+    parser.add_argument("--size-mib", type=int, help="of each volume (1024; quick: 256)")
+    parser.add_argument("--json", metavar="FILE", help="write every sample there")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a ratio is below its floor")
+    options = parser.parse_args()
+    for name, full, quick in (("rounds", 5, 3), ("seconds", 4.0, 1.0), ("size_mib", 1024, 256)):
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else full)
+        if getattr(options, name) <= 0:
+            parser.error(
+                f"--{name.replace('_', '-')}: expected a number above 0, not {getattr(options, name)}"
+            )
+    return options
+
+
+def _measure(services: Services, driver: str, jobs: Sequence[Job], options: argparse.Namespace) -> Samples:
+    subjects = {"volfs": bench_subjects.volfs, **PEERS[driver]}
+    samples: Samples = {job.name: {} for job in jobs}
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="volfs-bench-")))
+        paths = {}
+        for name, subject in subjects.items():
+            volume = stack.enter_context(_filled(services, driver, options.size_mib * MIB))
+            place = directory / name
+            place.mkdir()
+            paths[name] = stack.enter_context(subject(services, volume, place))
+        limit = (
+            stack.enter_context(_filled(services, driver, options.size_mib * MIB))
+            if driver == "rbd"
+            else None
+        )
+        for number in range(options.rounds):
+            for job in jobs:
+                _say(f"{driver}: round {number + 1} of {options.rounds}: {job.name}")
+                for name, path in paths.items():
+                    run = (
+                        _run_dd(job, path)
+                        if job.tool == "dd"
+                        else _run_fio(job, [f"--filename={path}", "--allow_file_create=0"], options, {})
+                    )
+                    samples[job.name].setdefault(name, []).append(run)
+                if limit is not None and job.tool == "fio":
+                    samples[job.name].setdefault(LIMIT, []).append(_run_librbd(job, services, limit, options))
+    _say("")
+    return samples
+
+
+@contextlib.contextmanager
+def _filled(services: Services, driver: str, size: int) -> Iterator[Volume]:
+    """A volume without holes, of bytes that do not repeat."""
+    with contextlib.ExitStack() as stack:
+        if driver == "iscsi":
+            target = stack.enter_context(lun(services, size))
+            with target.backing.open("r+b") as file:
+                for _ in range(0, size, FILL):
+                    file.write(os.urandom(min(FILL, size - file.tell())))
+            yield target
+            return
+        made = stack.enter_context(image(services, size))
+        fill = ("--rw=write", "--bs=4M", "--iodepth=8", "--refill_buffers", f"--size={size}")
+        subprocess.run(
+            ["fio", "--name=fill", *_librbd(services, made.pool, made.name), *fill],
+            check=True,
+            env=services.environment,
+            stdout=subprocess.DEVNULL,
+        )
+        yield made
+
+
+def _librbd(services: Services, pool: str, name: str) -> list[str]:
+    return ["--ioengine=rbd", f"--pool={pool}", f"--rbdname={name}", "--clientname=admin"]
+
+
+def _run_librbd(job: Job, services: Services, volume: Volume, options: argparse.Namespace) -> float:
+    """The same with fio's rbd engine; what goes in sequence, with as many requests under way as read-ahead has."""
+    own = [option for option in job.options if not option.startswith(("--ioengine", "--direct"))]
+    depth = ["--iodepth=16"] if "1M" in job.name else []
+    where = [*own, *_librbd(services, "volumes", volume.name), *depth]  # type: ignore[union-attr]
+    return _run_fio(Job(job.name, (), job.unit), where, options, services.environment)
+
+
+def _run_fio(
+    job: Job, where: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str]
+) -> float:
+    how = [f"--size={options.size_mib}M", f"--runtime={int(options.seconds * 1000)}ms", "--time_based"]
+    command = ["fio", f"--name={job.name}", *job.options, *where, *how, "--output-format=json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    if done.returncode:
+        raise SystemExit(f"bench: {' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    # Before it, librbd may have said something.
+    (report,) = json.loads(done.stdout[done.stdout.index("{\n") :])["jobs"]
+    figures = report["write" if "write" in job.name else "read"]
+    return float(figures["iops"] if job.unit == "IOPS" else figures["bw_bytes"] / 1e6)
+
+
+def _run_dd(job: Job, path: Path) -> float:
+    begin = time.monotonic()
+    subprocess.run(["dd", f"if={path}", "of=/dev/null", "status=none", *job.options], check=True)
+    return path.stat().st_size / 1e6 / (time.monotonic() - begin)
+
+
+def _row(job: Job, samples: Mapping[str, list[float]]) -> dict[str, Any]:
+    ratios = {
+        name: _ratio(samples["volfs"], values)
+        for name, values in samples.items()
+        if name not in ("volfs", LIMIT)
+    }
+    best = min(ratios, key=lambda name: ratios[name])
+    return {
+        "job": job.name,
+        "unit": job.unit,
+        "medians": {name: round(median(values), 1) for name, values in samples.items()},
+        "best_peer": best,
+        "ratio": round(ratios[best], 3),
+        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "floor": job.floor,
+        "met": None if job.floor is None else ratios[best] >= job.floor,
+        "samples": {name: [round(value, 1) for value in values] for name, values in samples.items()},
+    }
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Round by round, since what the machine does differs more between rounds than within one."""
+    return median(our / their for our, their in zip(ours, theirs, strict=True))
+
+
+def _table(driver: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row["medians"]))
+    table = Table(title=f"{driver}: medians; ratio of volfs to the best peer, round by round")
+    table.add_column("job")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("ratio", justify="right")
+    table.add_column("floor", justify="right")
+    for row in rows:
+        cells = [f"{row['medians'][name]:.0f}" if name in row["medians"] else "" for name in names]
+        floor = (
+            ""
+            if row["floor"] is None or driver != "rbd"
+            else f"{row['floor']} {'met' if row['met'] else 'MISSED'}"
+        )
+        table.add_row(f"{row['job']}, {row['unit']}", *cells, f"{row['ratio']:.2f}", floor)
+    return table
+
+
+def _machine() -> dict[str, Any]:
+    versions = {}
+    for program, argument in (
+        ("fio", "--version"),
+        ("qemu-storage-daemon", "--version"),
+        ("rbd", "--version"),
+    ):
+        text = subprocess.run([program, argument], capture_output=True, text=True, check=False).stdout
+        found = re.search(r"\d+\.\d+(\.\d+)?", text)
+        versions[program] = found[0] if found else "unknown"
+    return {"cores": os.cpu_count(), "kernel": platform.release(), "volfs": VERSION, **versions}
+
+
+def _say(text: str) -> None:
+    """Where it has got to, on one line of a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _fail(text: str) -> int:
+    print(f"bench: {text}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
