@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ import bench_subjects
 from bench_subjects import PEERS, Volume
 from rich.console import Console
 from rich.table import Table
-from services import MIB, Services, image, lun, running_services
+from services import MIB, Image, Services, image, lun, running_services
 
 from volfs.version import VERSION
 
@@ -79,9 +80,6 @@ Samples = dict[str, dict[str, list[float]]]  # of each job, of each subject, one
 
 def main() -> int:
     options = _arguments()
-    jobs = [job for job in JOBS if options.job in job.name and (job.quick or not options.quick)]
-    if not jobs:
-        return _fail(f"--job {options.job}: expected a part of one of: {', '.join(job.name for job in JOBS)}")
     if missing := bench_subjects.missing_programs():
         return _fail(f"{', '.join(missing)}: not installed (scripts/setup)")
     console = Console(width=max(Console().width, 120), highlight=False)
@@ -94,8 +92,8 @@ def main() -> int:
     missed = []
     with running_services() as services:
         for driver in options.driver or (["rbd"] if options.quick else ["rbd", "iscsi"]):
-            samples = _measure(services, driver, jobs, options)
-            rows = [_row(job, samples[job.name]) for job in jobs]
+            samples = _measure(services, driver, options)
+            rows = [_row(job, samples[job.name]) for job in options.jobs]
             result["drivers"][driver] = {"jobs": rows}
             console.print(_table(driver, rows))
             if driver == "rbd":
@@ -125,49 +123,59 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--job", default="", help="only jobs with this in their name")
     parser.add_argument("--rounds", type=int, help="how often each job is run (5; quick: 3)")
-    parser.add_argument("--seconds", type=float, help="how long fio runs (4; quick: 1)")
+    parser.add_argument("--seconds", type=float, help="how long fio runs (4; quick: 0.6)")
     parser.add_argument("--size-mib", type=int, help="of each volume (1024; quick: 256)")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
+    parser.add_argument(
+        "--floor", type=float, help="what each ratio that has a floor has to reach, in place of that"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 when a ratio is below its floor")
     options = parser.parse_args()
-    for name, full, quick in (("rounds", 5, 3), ("seconds", 4.0, 1.0), ("size_mib", 1024, 256)):
-        if getattr(options, name) is None:
+    for name, full, quick in (("rounds", 5, 3), ("seconds", 4.0, 0.6), ("size_mib", 1024, 256)):
+        value = getattr(options, name)
+        if value is None:
             setattr(options, name, quick if options.quick else full)
-        if getattr(options, name) <= 0:
-            parser.error(
-                f"--{name.replace('_', '-')}: expected a number above 0, not {getattr(options, name)}"
-            )
+        elif value <= 0:
+            parser.error(f"--{name.replace('_', '-')}: expected a number above 0, not {value}")
+    options.jobs = [
+        job if options.floor is None or job.floor is None else replace(job, floor=options.floor)
+        for job in JOBS
+        if options.job in job.name and (job.quick or not options.quick)
+    ]
+    if not options.jobs:
+        parser.error(f"--job {options.job}: expected a part of one of: {', '.join(job.name for job in JOBS)}")
     return options
 
 
-def _measure(services: Services, driver: str, jobs: Sequence[Job], options: argparse.Namespace) -> Samples:
-    subjects = {"volfs": bench_subjects.volfs, **PEERS[driver]}
-    samples: Samples = {job.name: {} for job in jobs}
-    with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="volfs-bench-")))
-        paths = {}
-        for name, subject in subjects.items():
-            volume = stack.enter_context(_filled(services, driver, options.size_mib * MIB))
-            place = directory / name
-            place.mkdir()
-            paths[name] = stack.enter_context(subject(services, volume, place))
-        limit = (
-            stack.enter_context(_filled(services, driver, options.size_mib * MIB))
-            if driver == "rbd"
-            else None
-        )
-        for number in range(options.rounds):
-            for job in jobs:
-                _say(f"{driver}: round {number + 1} of {options.rounds}: {job.name}")
-                for name, path in paths.items():
-                    run = (
-                        _run_dd(job, path)
-                        if job.tool == "dd"
-                        else _run_fio(job, [f"--filename={path}", "--allow_file_create=0"], options, {})
-                    )
-                    samples[job.name].setdefault(name, []).append(run)
-                if limit is not None and job.tool == "fio":
-                    samples[job.name].setdefault(LIMIT, []).append(_run_librbd(job, services, limit, options))
+def _measure(services: Services, driver: str, options: argparse.Namespace) -> Samples:
+    samples: Samples = {job.name: {} for job in options.jobs}
+    size = options.size_mib * MIB
+    log = io.StringIO()  # the log of volfs, which is shown when something fails
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(log))
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="volfs-bench-")))
+            paths = {}
+            for name, subject in {"volfs": bench_subjects.volfs, **PEERS[driver]}.items():
+                place = directory / name
+                place.mkdir()
+                volume = stack.enter_context(_filled(services, driver, size))
+                paths[name] = stack.enter_context(subject(services, volume, place))
+            limit = stack.enter_context(_filled(services, driver, size))
+            for number in range(options.rounds):
+                for job in options.jobs:
+                    _say(f"{driver}: round {number + 1} of {options.rounds}: {job.name}")
+                    for name, path in paths.items():
+                        run = _run_dd(job, path) if job.tool == "dd" else _run_fio_on_file(job, path, options)
+                        samples[job.name].setdefault(name, []).append(run)
+                    if isinstance(limit, Image) and job.tool == "fio":
+                        samples[job.name].setdefault(LIMIT, []).append(
+                            _run_librbd(job, services, limit, options)
+                        )
+    except BaseException:
+        _say("")
+        print(log.getvalue(), file=sys.stderr)
+        raise
     _say("")
     return samples
 
@@ -186,7 +194,7 @@ def _filled(services: Services, driver: str, size: int) -> Iterator[Volume]:
         made = stack.enter_context(image(services, size))
         fill = ("--rw=write", "--bs=4M", "--iodepth=8", "--refill_buffers", f"--size={size}")
         subprocess.run(
-            ["fio", "--name=fill", *_librbd(services, made.pool, made.name), *fill],
+            ["fio", "--name=fill", *_librbd(made), *fill],
             check=True,
             env=services.environment,
             stdout=subprocess.DEVNULL,
@@ -194,23 +202,27 @@ def _filled(services: Services, driver: str, size: int) -> Iterator[Volume]:
         yield made
 
 
-def _librbd(services: Services, pool: str, name: str) -> list[str]:
-    return ["--ioengine=rbd", f"--pool={pool}", f"--rbdname={name}", "--clientname=admin"]
+def _librbd(image: Image) -> list[str]:
+    return ["--ioengine=rbd", f"--pool={image.pool}", f"--rbdname={image.name}", "--clientname=admin"]
 
 
-def _run_librbd(job: Job, services: Services, volume: Volume, options: argparse.Namespace) -> float:
+def _run_librbd(job: Job, services: Services, image: Image, options: argparse.Namespace) -> float:
     """The same with fio's rbd engine; what goes in sequence, with as many requests under way as read-ahead has."""
     own = [option for option in job.options if not option.startswith(("--ioengine", "--direct"))]
     depth = ["--iodepth=16"] if "1M" in job.name else []
-    where = [*own, *_librbd(services, "volumes", volume.name), *depth]  # type: ignore[union-attr]
-    return _run_fio(Job(job.name, (), job.unit), where, options, services.environment)
+    return _run_fio(job, [*own, *_librbd(image), *depth], options, services.environment)
+
+
+def _run_fio_on_file(job: Job, path: Path, options: argparse.Namespace) -> float:
+    filename = str(path).replace(":", r"\:")  # which otherwise divides one name from the next
+    return _run_fio(job, [*job.options, f"--filename={filename}", "--allow_file_create=0"], options, {})
 
 
 def _run_fio(
-    job: Job, where: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str]
+    job: Job, what: Sequence[str], options: argparse.Namespace, environment: Mapping[str, str]
 ) -> float:
     how = [f"--size={options.size_mib}M", f"--runtime={int(options.seconds * 1000)}ms", "--time_based"]
-    command = ["fio", f"--name={job.name}", *job.options, *where, *how, "--output-format=json"]
+    command = ["fio", f"--name={job.name}", *what, *how, "--output-format=json"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )

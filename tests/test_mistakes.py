@@ -556,11 +556,12 @@ sys.meta_path.insert(0, Blocked())
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ceph", ["rados,rbd", "rados", "rbd"])
 def test_without_librbd_and_libiscsi_the_other_drivers_work(
-    files: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    files: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, ceph: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)
-    environment = {"PYTHONPATH": str(tmp_path), "BLOCKED": "rados,rbd,volfs.native.libiscsi"}
+    environment = {"PYTHONPATH": str(tmp_path), "BLOCKED": f"{ceph},volfs.native.libiscsi"}
     prefixes = [f"file:{files}", "rbd:volumes", "iscsi://192.0.2.7"]
     with mounted(tmp_path_factory.mktemp("d"), prefixes, env=environment) as mount:
         assert sorted(os.listdir(mount.path)) == ["attached", "file", "iscsi", "rbd"]
@@ -581,6 +582,28 @@ def test_without_librbd_and_libiscsi_the_other_drivers_work(
             assert done.err.startswith(f"volfs: {line}"), done.err
         assert succeeded(ran(mount.volfs("attach", f"file:{files}/disk")))
         assert (mount.path / "attached" / "disk").read_bytes() == DATA
+
+
+HELPER = "without the compiled helper fuse_session: at most 12 buffered requests at once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocked", [True, False])
+def test_without_the_helper_below_pyfuse3_the_mount_works_and_says_so(
+    files: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, blocked: bool
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
+    name = "volfs.native.fuse_session" if blocked else "nothing"
+    environment = {"PYTHONPATH": str(tmp_path), "BLOCKED": name}
+    with mounted(tmp_path_factory.mktemp("d"), [f"file:{files}"], env=environment) as mount:
+        path = mount.path / "file" / "disk"
+        with path.open("r+b", buffering=0) as file:  # which writes through the page cache
+            assert file.write(DATA[::-1]) == len(DATA)
+        assert (files / "disk").read_bytes() == DATA[::-1]
+        assert "user.volfs.size" in os.listxattr(path)
+        with raises(errno.ENODATA):
+            os.getxattr(path, "security.capability")
+        assert mount.log.count(HELPER) == blocked, mount.log
 
 
 @pytest.mark.slow

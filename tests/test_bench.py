@@ -1,0 +1,69 @@
+"""scripts/bench: that it measures everybody. What it measures is not for a test on a machine that does other things."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from services import TOP, Services
+
+pytestmark = pytest.mark.slow
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [TOP / "scripts" / "bench", *arguments], capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def measured(result: dict[str, Any], driver: str) -> dict[str, set[str]]:
+    return {row["job"]: set(row["medians"]) for row in result["drivers"][driver]["jobs"]}
+
+
+def test_it_measures_volfs_and_all_peers(services: Services, tmp_path: Path) -> None:
+    little = ("--rounds", "1", "--seconds", "0.1", "--size-mib", "16")
+    done = bench(*little, "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+
+    peers = {"volfs", "nbdfuse+qemu-nbd", "qemu-storage-daemon"}
+    on_rbd, on_iscsi = measured(result, "rbd"), measured(result, "iscsi")
+    assert on_rbd.keys() == on_iscsi.keys()
+    assert len(on_rbd) == 10
+    for job, subjects in on_rbd.items():
+        assert subjects == peers | {"rbd-fuse"} | (set() if job.startswith("dd") else {"fio rbd"}), job
+    assert all(subjects == peers for subjects in on_iscsi.values())
+
+    for row in result["drivers"]["rbd"]["jobs"] + result["drivers"]["iscsi"]["jobs"]:
+        assert all(len(samples) == 1 and samples[0] > 0 for samples in row["samples"].values()), row
+        assert row["ratio"] == min(row["ratios"].values())
+        assert f"{row['job']}, {row['unit']}".split()[0] in done.stdout
+    assert result["drivers"]["rbd"]["plain_to_direct"] > 0
+
+
+def test_a_floor_that_is_missed_is_named_and_with_check_an_error(
+    services: Services,
+) -> None:
+    little = ("--quick", "--job", "read 1M direct", "--rounds", "1", "--seconds", "0.1", "--size-mib", "16")
+    for floor, code in (("1000", 1), ("0.001", 0)):
+        done = bench(*little, "--check", "--floor", floor)
+        assert done.returncode == code, done.stderr
+        assert ("below its floor: read 1M direct: " in done.stdout) is bool(code), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rounds", "0"), "--rounds: expected a number above 0, not 0"),
+        (("--seconds", "-1"), "--seconds: expected a number above 0, not -1.0"),
+        (("--job", "nonsense"), "--job nonsense: expected a part of one of: read 1M direct, "),
+        (("--driver", "tape"), "invalid choice: 'tape'"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(arguments: tuple[str, ...], message: str) -> None:
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
