@@ -110,6 +110,12 @@ async def test_who_waits_while_connecting_fails_shares_the_failure(tmp_path: Any
     assert all("within 1 s" in str(exc) for exc in errors), errors
 
 
+async def test_a_configuration_that_is_no_file_is_named(tmp_path: Any) -> None:
+    cluster = Cluster(ClusterAccess(conf=str(tmp_path)), timeout=5)
+    with pytest.raises(BackendError, match=f"{tmp_path}: cannot read this Ceph configuration"):
+        await cluster.connect()
+
+
 async def test_a_missing_keyring_is_no_missing_volume(services: Services, tmp_path: Any) -> None:
     async with a_cluster(services, client="nobody", keyring=str(tmp_path / "none")) as cluster:
         with pytest.raises(BackendError, match="keyring") as caught:

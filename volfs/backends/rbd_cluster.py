@@ -226,7 +226,7 @@ class Cluster:
             self.hold()  # until the callback, which may come long after we gave up
             status, result = await trio.lowlevel.wait_task_rescheduled(give_up)
         if status < 0:
-            raise rados_error(-status, f"{doing}: {os.strerror(-status)}", self.timeout)
+            raise rados_error(-status, doing, os.strerror(-status), self.timeout)
         return result
 
     def _where(self) -> str:
@@ -237,12 +237,13 @@ class Cluster:
     def _connect(self) -> Any:
         try:
             import rados
+            import rbd  # noqa: F401 - that it is missing is told now, not at the first image
         except ImportError as exc:
             raise BackendError(
                 f"the rbd driver needs python3-rados and python3-rbd: {exc}", errno.EOPNOTSUPP
             ) from exc
         access = self.access
-        if access.conf is not None and not os.access(access.conf, os.R_OK):
+        if access.conf is not None and (os.path.isdir(access.conf) or not os.access(access.conf, os.R_OK)):
             raise BackendError(f"{access.conf}: cannot read this Ceph configuration", errno.ENOENT)
         with _own_ceph_args_hidden():
             cluster = rados.Rados(rados_id=access.client, clustername=access.cluster or "")
@@ -310,12 +311,13 @@ def rados_errors(doing: str, timeout: float) -> Iterator[None]:
         if not isinstance(number, int):
             raise
         text = str(exc.args[0]) if exc.args else type(exc).__name__
-        raise rados_error(abs(number), f"{doing}: {text}", timeout) from exc
+        raise rados_error(abs(number), doing, text, timeout) from exc
 
 
-def rados_error(number: int, text: str, timeout: float) -> BackendError | VolumeNotFound:
+def rados_error(number: int, doing: str, text: str, timeout: float) -> BackendError | VolumeNotFound:
+    """Ours for an errno of librados or librbd, which took `timeout` seconds where that is what went wrong."""
     if number == errno.ENOENT:
-        return VolumeNotFound(text)
+        return VolumeNotFound(f"{doing}: {text}")
     if number == errno.ETIMEDOUT:
-        return BackendTimeout(f"{text} (no answer within {timeout:g} s)")
-    return BackendError(text, number)
+        return BackendTimeout(f"{doing}: no answer within {timeout:g} s")
+    return BackendError(f"{doing}: {text}", number)

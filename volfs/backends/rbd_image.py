@@ -165,9 +165,8 @@ class RbdImage(BackendVolume):
     def _raise_failure(self, number: int) -> None:
         """Raise the error of a write that had been answered already."""
         if number:
-            text = f"{self._url}: write: {os.strerror(number)}"
             with self._requests():
-                raise rados_error(number, text, self._cluster.timeout)
+                raise rados_error(number, f"{self._url}: write", os.strerror(number), self._cluster.timeout)
 
     async def _reopen(self) -> None:
         """Take up a new size. librbd tells only images opened for writing, through their watcher."""
