@@ -33,7 +33,7 @@ LAYERS = """
     volfs.fuse.handles
     volfs.fuse.tree
     volfs.fuse
-    volfs.readahead
+    volfs.readahead volfs.rewriting
     volfs.attached volfs.source volfs.volume
     volfs.backends.registry
     volfs.backends

@@ -111,6 +111,21 @@ async def test_a_write_of_any_range_changes_exactly_its_bytes(
     assert stored.read() == model
 
 
+async def test_a_range_of_zeroes_is_exactly_that(stored: StoredVolume, volume: BackendVolume) -> None:
+    model = bytearray(random_bytes(SIZE))
+    stored.write(bytes(model))
+    await volume.pwrite(0, model[:1000])  # not yet confirmed by the storage, it may be
+    for offset, length in (*EDGES, (500, OBJECT), (0, SIZE)):
+        await volume.write_zeroes(offset, length)
+        model[offset : offset + length] = bytes(length)
+        around = max(0, offset - SECTOR), min(SIZE, offset + length + SECTOR)
+        assert await volume.pread(around[0], around[1] - around[0]) == model[slice(*around)], (
+            f"after {length} zeroes at {offset}"
+        )
+    await volume.flush()
+    assert stored.read() == model
+
+
 async def test_a_write_takes_a_view_of_a_larger_buffer(stored: StoredVolume, volume: BackendVolume) -> None:
     data = random_bytes(3 * MIB)
     await volume.pwrite(OBJECT - MIB, memoryview(data)[5 : 2 * MIB + 5])

@@ -97,6 +97,14 @@ class Volume:
             self._written += 1
         return len(part)
 
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """Make the range, which lies within the volume, read as zeros."""
+        try:
+            with self._opened as volume:
+                await volume.write_zeroes(offset, length)
+        finally:
+            self._written += 1
+
     async def flush(self) -> None:
         """Return when every write that returned before is on stable storage."""
         written = self._written

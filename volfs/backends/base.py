@@ -33,6 +33,7 @@ import trio
 
 from volfs.errors import BackendError, BackendTimeout
 
+ZEROES = bytes(1 << 20)
 BLOCK_UNIT = 512  # the unit of st_blocks and of SCSI's and the kernel's sector counts
 
 
@@ -133,6 +134,11 @@ class BackendVolume(trio.abc.AsyncResource):
         After an error or a cancellation none, some or all of it may be written, even later on; bytes outside the
         range keep their value.
         """
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, as `pwrite` of that many zeros would."""
+        for begin in range(offset, offset + length, len(ZEROES)):
+            await self.pwrite(begin, memoryview(ZEROES)[: offset + length - begin])
 
     @abc.abstractmethod
     async def flush(self) -> None:

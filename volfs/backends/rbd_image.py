@@ -16,6 +16,7 @@ from volfs.backends.rbd_cluster import Cluster, rados_error, rados_errors
 from volfs.backends.rbd_writes import UnconfirmedWrites
 from volfs.errors import BackendError, VolumeNotFound
 
+ZERO_STEP = 1 << 30  # bytes for which one deadline is enough
 SECTOR = 512  # librbd takes any offset and length; this is the block size its clients show
 
 
@@ -74,6 +75,17 @@ class RbdImage(BackendVolume):
         with rados_errors(f"{self._url}: write", self._cluster.timeout):
             self._writes.start(
                 offset, data if isinstance(data, bytes) else bytes(data), self._image.aio_write
+            )
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """Removes whole objects instead of writing them, so that even terabytes do not take for ever."""
+        self._dirty = True
+        image = self._image
+        await self._writes.settle()
+        for begin in range(offset, offset + length, ZERO_STEP):
+            step = min(ZERO_STEP, offset + length - begin)
+            await self._aio(
+                "write zeroes", lambda done, at=begin, size=step: image.aio_write_zeroes(at, size, done)
             )
 
     async def flush(self) -> None:

@@ -143,7 +143,7 @@ class Filesystem(pyfuse3.Operations):
                     "owner, mode and times of a volume are not the file's to change", errno.EPERM
                 )
             if fields.update_size:
-                await self._truncate(node, attr.st_size)
+                await self._truncate(node, attr.st_size, fh, ctx.pid)
             return self._attributes(node)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -180,7 +180,8 @@ class Filesystem(pyfuse3.Operations):
             assert isinstance(node, VolumeNode)
             if self._access.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
                 raise VolfsError("the mount is read-only", errno.EROFS)
-            # O_TRUNC is among the flags and means nothing: the size is the backend's.
+            # O_TRUNC does not come among the flags, but as a setattr of its own; without our helper below pyfuse3 it
+            # does, and the kernel takes the file for empty until it asks again.
             handle = await self._files.open(node, flags, ctx.pid)
             self._tree.resized(node, self._size(node))
             if node.size_told != self._size(node):
@@ -307,9 +308,15 @@ class Filesystem(pyfuse3.Operations):
             attributes.st_nlink = 2
         return attributes
 
-    async def _truncate(self, node: Node, size: int) -> None:
+    async def _truncate(self, node: Node, size: int, fh: int | None, thread: int) -> None:
         assert isinstance(node, VolumeNode)
+        opening = self._files.opening(node, thread) if fh is None and size == 0 else None
+        if opening is not None:  # open(2) with O_TRUNC: the size is the backend's
+            opening.truncate_at_open()
+            return
         if size == self._size(node):
+            if fh is not None:
+                await self._files[fh].extend()
             return
         if not node.backend.settings.resize or self._access.read_only or node.info.read_only:
             raise VolfsError(f"{node.info.source.url}: its size is the backend's", errno.EPERM)

@@ -11,6 +11,7 @@ from volfs.backends.base import Backend
 from volfs.errors import VolfsError, VolumeNotFound
 from volfs.fuse.tree import VolumeNode
 from volfs.readahead import ReadAhead, Spawn
+from volfs.rewriting import Rewriting
 from volfs.volume import Volume, VolumeTable
 
 
@@ -22,26 +23,47 @@ class OpenFile:
     volume: Volume
     writable: bool
     synchronous: bool  # O_SYNC or O_DSYNC: with direct I/O the kernel leaves it to us
-    pid: int  # who opened it, 0 when not in our namespace
+    appending: bool  # O_APPEND
+    thread: int  # that opened it, and its process; 0 when not in our namespace
+    pid: int
     failures_seen: int
     ahead: ReadAhead | None  # of an O_DIRECT handle; for others the kernel reads ahead
+    untouched: bool = True  # nothing was asked of it yet
+    rewriting: Rewriting | None = None  # it was opened with O_TRUNC
     closing: bool = False  # close(2) was called, on what may be one of several descriptors
 
     async def read(self, offset: int, length: int) -> bytes:
-        self.closing = False
+        self.closing = self.untouched = False
         return await (self.ahead or self.volume).pread(offset, length)
 
     async def write(self, offset: int, data: bytes) -> int:
         if not self.writable:
             raise VolfsError("not open for writing", errno.EBADF)
-        self.closing = False
+        self.closing = self.untouched = False
+        if self.appending:
+            # Past the end always, whatever offset a kernel that was told O_TRUNC takes for it.
+            raise VolfsError(f"{self.volume.source.url}: append: a volume does not grow", errno.ENOSPC)
         try:
-            written = await self.volume.pwrite(offset, data)
+            written = await (self.rewriting or self.volume).pwrite(offset, data)
         finally:
             self.node.changed()
         if self.synchronous:
             await self.fsync()
         return written
+
+    def truncate_at_open(self) -> None:
+        """O_TRUNC, which keeps size and content, until the program writes and skips."""
+        self.untouched = False
+        self.rewriting = Rewriting(self.volume)
+
+    async def extend(self) -> None:
+        """ftruncate(2) to the volume's size: what a program does that ends with a hole."""
+        self.untouched = False
+        if self.rewriting is not None:
+            try:
+                await self.rewriting.finish()
+            finally:
+                self.node.changed()
 
     async def fsync(self) -> None:
         """Flush the volume; an error of an earlier flush that this handle has not reported counts as well."""
@@ -60,7 +82,7 @@ class OpenFile:
         through any handle that it finds. One that may not, makes sure that the volume is still there: RBD answers
         reads of an image that was removed meanwhile with zeros.
         """
-        self.closing = True
+        self.closing, self.untouched = True, False
         if self.writable:
             await self.fsync()
         else:
@@ -90,26 +112,37 @@ class OpenFiles:
             it for it in self._files.values() if it.node.backend is backend and it.node.info.source == source
         ]
 
+    def opening(self, node: VolumeNode, thread: int) -> OpenFile | None:
+        """The handle on the volume that a thread is in the middle of opening, as far as can be told."""
+        return next(
+            (it for it in self._files.values() if it.node is node and it.thread == thread and it.untouched),
+            None,
+        )
+
     def written_inodes(self) -> set[int]:
         """The files that are open for writing, or mapped."""
         return {file.node.inode for file in self._files.values() if file.writable}
 
-    async def open(self, node: VolumeNode, flags: int, pid: int) -> int:
+    async def open(self, node: VolumeNode, flags: int, thread: int) -> int:
         """Open the node's volume; returns the handle's number. EROFS for a write to what is read-only."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if writable and node.info.read_only:
             raise VolfsError(f"{node.info.source.url}: read-only", errno.EROFS)
         volume = await self._volumes.open(node.backend, node.info.source, writable=writable)
         handle = next(self._numbers)
-        self._files[handle] = OpenFile(
+        self._files[handle] = file = OpenFile(
             node,
             volume,
             writable=writable,
             synchronous=bool(flags & (os.O_SYNC | os.O_DSYNC)),
-            pid=_process(pid),
+            appending=bool(flags & os.O_APPEND),
+            thread=thread,
+            pid=_process(thread),
             failures_seen=volume.failures,
             ahead=ReadAhead(volume, self._read_ahead, self._spawn) if flags & os.O_DIRECT else None,
         )
+        if flags & os.O_TRUNC:
+            file.truncate_at_open()
         return handle
 
     async def release(self, handle: int) -> None:

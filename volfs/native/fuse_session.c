@@ -1,10 +1,15 @@
-/* What pyfuse3 leaves out of its libfuse session: limits agreed at the handshake, and one answer that must be quick.
+/* What pyfuse3 leaves out of its libfuse session: what is agreed at the handshake, and one answer that must be quick.
  *
  * Why it exists: pyfuse3 3.5 has no hook into the init handshake, the only place where a mount of any user can raise
- * the number of buffered requests under way (kernel default: 12). And before each buffered write the kernel asks for
- * the attribute security.capability, in case the file must lose it; volumes never have one, and saying so by a
- * coroutine took half as long as the write. Turning getxattr off (ENOSYS) would take away user.volfs.* as well, and
- * the capability that stops the question (FUSE_HANDLE_KILLPRIV_V2) is not known to libfuse 3.14.
+ * the number of buffered requests under way (kernel default: 12), and where the kernel can be told not to drop a file's
+ * page cache whenever its mtime has moved. It moves with every write; a page dropped while a write to it is on its way
+ * here may be read again from before that write, and then stays so: processes that write the same pages would miss
+ * each other's bytes, and their own. Each open drops the cache anyway, which is what volfs promises.
+ *
+ * And before each buffered write the kernel asks for the attribute security.capability, in case the file must lose it;
+ * volumes never have one, and saying so by a coroutine took half as long as the write. Turning getxattr off (ENOSYS)
+ * would take away user.volfs.* as well, and the capability that stops the question (FUSE_HANDLE_KILLPRIV_V2) is not
+ * known to libfuse 3.14.
  *
  * How: loaded with RTLD_GLOBAL before pyfuse3, this definition of fuse_session_new is the one that pyfuse3 binds to. It
  * replaces entries of the operation table and calls libfuse's own. Where that does not come about (another libfuse,
@@ -32,6 +37,10 @@ static void init(void *userdata, struct fuse_conn_info *conn)
         pyfuse3.init(userdata, conn);
     if (max_background)
         conn->max_background = max_background; /* libfuse sets the congestion threshold to three quarters of it */
+    conn->want &= ~FUSE_CAP_AUTO_INVAL_DATA; /* which drops pages by mtime, see above */
+    /* Or the kernel takes a volume for empty after an open with O_TRUNC: mappings of it get SIGBUS or lose what they
+     * wrote, appends land inside. Without it, the open is followed by a setattr, whose answer tells the true size. */
+    conn->want &= ~FUSE_CAP_ATOMIC_O_TRUNC;
     agreed = 1;
 }
 
