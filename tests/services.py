@@ -113,8 +113,14 @@ class Image:
         return f"rbd:{self.spec}"
 
     def read(self, snapshot: str = "") -> bytes:
-        """All of it, by the rbd tool. For small images."""
-        return self.services.run("rbd", "export", "--no-progress", self.spec + snapshot, "-")
+        """All of it, by the distribution's own librbd module. For small images."""
+        import rbd
+
+        with (
+            self._pool() as pool,
+            rbd.Image(pool, self.name, snapshot=snapshot.removeprefix("@") or None, read_only=True) as image,
+        ):
+            return bytes(image.read(0, image.size()))
 
     def sha256(self, snapshot: str = "") -> str:
         """Of all of it, by the rbd tool, in constant memory."""
@@ -128,8 +134,14 @@ class Image:
 
     def write(self, data: bytes, offset: int = 0) -> None:
         """By the distribution's own librbd module."""
-        import rados
         import rbd
+
+        with self._pool() as pool, rbd.Image(pool, self.name) as image:
+            image.write(data, offset)
+
+    @contextlib.contextmanager
+    def _pool(self) -> Iterator[Any]:
+        import rados
 
         conf = str(self.services.ceph_conf)
         with (
@@ -137,8 +149,7 @@ class Image:
             cluster.open_ioctx(self.pool) as pool,
         ):
             pool.set_namespace(self.namespace)
-            with rbd.Image(pool, self.name) as image:
-                image.write(data, offset)
+            yield pool
 
     def watchers(self) -> list[dict[str, Any]]:
         """Who has it open for writing (or holds a lock); [] once everybody has closed it."""
