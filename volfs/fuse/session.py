@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 NAME = "volfs"  # of the file system, in /proc/mounts: "fuse.volfs" with source "volfs", free of '/' (see facts on df)
 UNMOUNT_SECONDS = 30.0
 MAX_REQUESTS = 512  # handled at once, of which those of a hung backend must leave some to the others
+IDLE_WORKERS = 16  # tasks of pyfuse3 that wait for requests; each has a buffer of 1 MiB, costly to make anew
 # Of these, read-ahead and other buffered requests: the kernel's 12 do not fill our read-ahead, and a dozen readers of
 # one hung backend would take them all from the others.
 MAX_BACKGROUND = 256
@@ -80,7 +81,7 @@ def mounted(filesystem: Filesystem, path: str, *, allow_other: bool) -> Iterator
 
 async def serve() -> None:
     """Answer the kernel until the file system is unmounted or `stop` is called; requests under way are finished."""
-    await pyfuse3.main(max_tasks=MAX_REQUESTS)
+    await pyfuse3.main(min_tasks=IDLE_WORKERS, max_tasks=MAX_REQUESTS)
 
 
 def stop() -> None:
