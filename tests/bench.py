@@ -123,7 +123,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--job", default="", help="only jobs with this in their name")
     parser.add_argument("--rounds", type=int, help="how often each job is run (5; quick: 3)")
-    parser.add_argument("--seconds", type=float, help="how long fio runs (2; quick: 0.6)")
+    parser.add_argument("--seconds", type=float, help="how long fio runs (4; quick: 0.6)")
     parser.add_argument("--size-mib", type=int, help="of each volume (1024; quick: 256)")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
     parser.add_argument(
@@ -131,7 +131,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 when a ratio is below its floor")
     options = parser.parse_args()
-    for name, full, quick in (("rounds", 5, 3), ("seconds", 2.0, 0.6), ("size_mib", 1024, 256)):
+    for name, full, quick in (("rounds", 5, 3), ("seconds", 4.0, 0.6), ("size_mib", 1024, 256)):
         value = getattr(options, name)
         if value is None:
             setattr(options, name, quick if options.quick else full)

@@ -115,6 +115,22 @@ async def test_bytes_under_way_are_limited(bench: Bench) -> None:
     assert await finishes(bench.write, 2 * WINDOW, b"x")
 
 
+async def test_who_found_no_room_waits_until_half_of_it_is_free(bench: Bench) -> None:
+    piece = bytes(WINDOW // 8)
+    for number in range(8):
+        await bench.write(number * len(piece), piece)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.write, WINDOW, piece)
+        for _ in range(4):
+            await wait_all_tasks_blocked()
+            bench.library.confirm()
+        await wait_all_tasks_blocked()
+        assert len(bench.library.under_way) == 4, "it has not started yet"
+        bench.library.confirm()
+        await wait_all_tasks_blocked()
+        assert len(bench.library.under_way) == 4, "three of the first and itself"
+
+
 async def test_a_write_larger_than_the_limit_goes_alone(bench: Bench) -> None:
     await bench.write(0, b"x")
     assert not await finishes(bench.writes.room, 1, WINDOW + 1)

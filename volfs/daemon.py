@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 import trio
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 LAST_REPLIES_SECONDS = 10.0
 WRITE_BACK_SECONDS = 30.0
+# For how long Python may keep librbd's threads from telling that something is done, which they also send with.
+SWITCH_SECONDS = 0.0001
 
 
 async def run(
@@ -43,6 +46,7 @@ async def run(
     or an open volume. MountError, ControlError, ConfigError before that.
     """
     session.prepare_mountpoint(mountpoint)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with control_socket(socket_path) as listener:
         daemon = Daemon(config, mountpoint, socket_path)
         filesystem = daemon.filesystem()

@@ -267,9 +267,11 @@ class Cluster:
         access, seconds = self.access, f"{self.timeout:g}"
         options = {
             # It keeps what was read, and images opened read-only are not told of others' writes; or it keeps only
-            # what is being written, which costs a copy. rbd_writes.py does that without.
+            # what is being written, and answers by one more thread. rbd_writes.py does that without.
             "rbd_cache": "false",
-            "rbd_disable_zero_copy_writes": "false",
+            # Without a copy, writes that librbd refuses before it sends them (a lock that another keeps, a place that
+            # was shrunk away) are never answered, and the image cannot be closed.
+            "rbd_disable_zero_copy_writes": "true",
             # librados waits for ever unless told otherwise (300 s for the first contact).
             "client_mount_timeout": seconds,
             "rados_mon_op_timeout": seconds,

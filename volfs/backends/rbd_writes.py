@@ -2,8 +2,7 @@
 
 A dd or cp has one write under way at a time and would wait for each. Here a write is taken when there is room for
 it, and the cluster's answer is awaited by `settle`, which a flush does first. librbd's cache in the same place
-copies every byte once more and answers by another thread, at twice the cost; so it is off (rbd_cluster.py) and the
-bytes go from our buffer to the socket, which is held until librbd has let go of it.
+answers by another thread, for which the writer waits; so it is off (rbd_cluster.py).
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ import trio
 
 from volfs.backends.base import deadline
 
-WINDOW = 16 * 1024 * 1024  # bytes that may be unconfirmed
+WINDOW = (
+    32 * 1024 * 1024
+)  # bytes that may be unconfirmed: of eight objects, which are on different disks as a rule
 REQUESTS = 128  # writes that may be
 
 
@@ -30,16 +31,25 @@ class UnconfirmedWrites:
     def __init__(self, timeout: float, doing: str) -> None:
         self._timeout = timeout
         self._doing = doing
-        # By number; taken out by librbd's threads. librbd reads the data until then, and does not hold it.
+        # By number; taken out by librbd's threads. The data stays until then: librbd holds no reference to it.
         self._writes: dict[int, _Write] = {}
         self._number = 0
-        self._waiting = 0
+        self._waiting = 0  # tasks that look at each confirmation
+        self._crowded = 0  # tasks that wait for room, and look when half of it is free
         self._changed = trio.Event()
         self.failure = 0  # the errno of the first that failed and was not told by `take_failure`
 
     async def room(self, offset: int, length: int) -> None:
         """Return when a write may start: nothing unconfirmed overlaps it, which librbd might pass."""
-        await self._wait(lambda: self._has_room(length) and not self._overlaps(offset, length))
+        while not self._has_room(length, 1) or self._overlaps(offset, length):
+            if not self._has_room(length, 1):
+                # Not for the next one: to wake up for each costs as much as the write.
+                self._crowded += 1
+                try:
+                    await self._until(lambda: self._has_room(length, 2))
+                finally:
+                    self._crowded -= 1
+            await self.apart(offset, length)
 
     async def apart(self, offset: int, length: int) -> None:
         """Return when a read there sees what was written: librbd does not order it behind a write under way."""
@@ -65,7 +75,8 @@ class UnconfirmedWrites:
             if status < 0 and not self.failure:
                 self.failure = -status
             del self._writes[number]
-            if self._waiting:  # looked at after it has gone; a waiter does these in the other order
+            # Looked at after it has gone; a waiter does these in the other order.
+            if self._waiting or (self._crowded and self._has_room(0, 2)):
                 try:
                     token.run_sync_soon(self._wake, idempotent=True)
                 except trio.RunFinishedError:
@@ -78,10 +89,11 @@ class UnconfirmedWrites:
             del self._writes[number]
             raise
 
-    def _has_room(self, length: int) -> bool:
+    def _has_room(self, length: int, share: int) -> bool:
+        """Whether there is, in the window divided by `share`. What is larger than that goes alone."""
         writes = list(self._writes.values())
         unconfirmed = sum(len(write.data) for write in writes)
-        return not writes or (len(writes) < REQUESTS and unconfirmed + length <= WINDOW)
+        return not writes or (len(writes) < REQUESTS // share and unconfirmed + length <= WINDOW // share)
 
     def _overlaps(self, offset: int, length: int) -> bool:
         return any(
@@ -98,8 +110,11 @@ class UnconfirmedWrites:
             return
         self._waiting += 1
         try:
-            with deadline(self._timeout, self._doing):
-                while not condition():
-                    await self._changed.wait()
+            await self._until(condition)
         finally:
             self._waiting -= 1
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        with deadline(self._timeout, self._doing):
+            while not condition():
+                await self._changed.wait()
