@@ -451,7 +451,6 @@ def test_a_volume_that_grows_while_it_is_open_serves_all_its_holders(own_disk: D
 
 
 @slow
-@pytest.mark.xfail(strict=True, reason="RBD answers with zeros there, and close tells only of removed images")
 def test_a_reader_of_what_was_shrunk_away_is_told_at_close_at_the_latest(
     impatient: Mount, new_image: ImageFactory
 ) -> None:

@@ -29,12 +29,15 @@ class OpenFile:
     failures_seen: int
     ahead: ReadAhead | None  # of an O_DIRECT handle; for others the kernel reads ahead
     untouched: bool = True  # nothing was asked of it yet
+    read_to: int = 0  # the end of what was read so far
     rewriting: Rewriting | None = None  # it was opened with O_TRUNC
     closing: bool = False  # close(2) was called, on what may be one of several descriptors
 
     async def read(self, offset: int, length: int) -> bytes:
         self.closing = self.untouched = False
-        return await (self.ahead or self.volume).pread(offset, length)
+        data = await (self.ahead or self.volume).pread(offset, length)
+        self.read_to = max(self.read_to, offset + len(data))
+        return data
 
     async def write(self, offset: int, data: bytes) -> int:
         if not self.writable:
@@ -79,17 +82,19 @@ class OpenFile:
         """close(2): the last call whose error the program sees.
 
         A handle that may write flushes here, whether it wrote or not: the kernel writes pages of a shared mapping
-        through any handle that it finds. One that may not, makes sure that the volume is still there: RBD answers
-        reads of an image that was removed meanwhile with zeros.
+        through any handle that it finds. One that may not, makes sure that what it read is still there: RBD answers
+        reads of an image that was removed or shrunk meanwhile with zeros.
         """
         self.closing, self.untouched = True, False
         if self.writable:
             await self.fsync()
         else:
             try:
-                await self.volume.refresh()
+                size = (await self.volume.refresh()).size
             except VolumeNotFound as exc:
                 raise VolfsError(str(exc), errno.ESTALE) from exc
+            if size < self.read_to:
+                raise VolfsError(f"{self.volume.source.url}: shrunk to {size} bytes meanwhile", errno.ESTALE)
 
 
 class OpenFiles:
