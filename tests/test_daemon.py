@@ -117,10 +117,8 @@ def test_a_signal_before_it_is_ready_ends_it(place: Path, disk: Path) -> None:
                 _, log = process.communicate(timeout=END_SECONDS)
             finally:
                 process.kill()
-        # As early as this it may not even listen for signals, but it must not hang.
-        assert process.returncode in (0, -signal.SIGTERM), log
-        if is_mounted(path):
-            subprocess.run(["fusermount3", "-uz", path], check=True)
+        assert process.returncode == 0, log
+        assert not is_mounted(path)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import trio
 
@@ -47,7 +47,11 @@ async def run(
     """
     session.prepare_mountpoint(mountpoint)
     sys.setswitchinterval(SWITCH_SECONDS)
-    with control_socket(socket_path) as listener:
+    # From before the mount on: a signal by its default action would leave the mount behind, dead.
+    with (
+        control_socket(socket_path) as listener,
+        trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
+    ):
         daemon = Daemon(config, mountpoint, socket_path)
         filesystem = daemon.filesystem()
         try:
@@ -56,7 +60,7 @@ async def run(
                 async with trio.open_nursery() as nursery:
                     daemon.background = nursery
                     nursery.start_soon(server.serve, listener)
-                    nursery.start_soon(daemon.stop_on_signal)
+                    nursery.start_soon(daemon.stop_on_signal, signals)
                     nursery.start_soon(_announce, config, mountpoint, ready)
                     if exit_idle is not None:
                         nursery.start_soon(daemon.stop_when_idle, exit_idle)
@@ -119,11 +123,10 @@ class Daemon:
             log.error("the kernel has not written back everything in %g s", WRITE_BACK_SECONDS)
         session.stop()
 
-    async def stop_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                log.info("%s: stopping", signal.Signals(number).name)
-                await self.stop()
+    async def stop_on_signal(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            await self.stop()
 
     async def stop_when_idle(self, seconds: float) -> None:
         """Stop when nothing was attached, open or connected for so long; it takes up to twice that to notice."""
