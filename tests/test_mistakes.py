@@ -627,8 +627,10 @@ def test_without_dev_fuse(files: Path, tmp_path: Path, hide: str, message: str |
     verb, *options = way.split()
     what = [f"{tmp_path}/mnt", f"file:{files}"] if verb == "mount" else [f"file:{files}/disk"]
     command = [*VOLFS, verb, *what, *options, "--socket", str(tmp_path / "control")]
+    # What is mounted is to stay in there, also below a root that is no mount of its own (a chroot).
+    script = f'mount --make-rprivate /dev && {hide} && exec "$@"'
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh", *command],
+        ["unshare", "--mount", "--propagation", "unchanged", "sh", "-c", script, "sh", *command],
         capture_output=True,
         text=True,
         timeout=60,
