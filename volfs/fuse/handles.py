@@ -36,7 +36,8 @@ class OpenFile:
     async def read(self, offset: int, length: int) -> bytes:
         self.closing = self.untouched = False
         data = await (self.ahead or self.volume).pread(offset, length)
-        self.read_to = max(self.read_to, offset + len(data))
+        if data:
+            self.read_to = max(self.read_to, offset + len(data))
         return data
 
     async def write(self, offset: int, data: bytes) -> int:
