@@ -1,7 +1,7 @@
 """Volumes as files on a mount, for tests of what tools and system calls see, and running such tools.
 
 conftest.py offers the fixtures: `disk` is the same volume for all tests of a module, `own_disk` one for a test alone,
-each on every driver in turn. A module that wants other drivers defines a `make_disk` of its own with `disks_of`.
+each on every driver in turn. A module that wants other drivers defines a `make_disk` of its own with `disk_maker`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,21 @@ def disks_of(variant: Any, storage: Storage, directory: Path) -> Iterator[MakeDi
         yield make
 
 
+def disk_maker(params: Sequence[Any]) -> Any:
+    """The fixture `make_disk` of a module, on these of `variants` in turn."""
+
+    @pytest.fixture(scope="module", params=params)
+    def make_disk(
+        request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[MakeDisk]:
+        with disks_of(request.param, module_storage, tmp_path_factory.mktemp("m")) as make:
+            yield make
+
+    return make_disk
+
+
 # The kernel's side is the same for all of them, and the contract suite runs over each. The rest is for the thorough.
-@pytest.fixture(scope="module", params=variants(quick=("rbd", "file")))
-def make_disk(
-    request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeDisk]:
-    with disks_of(request.param, module_storage, tmp_path_factory.mktemp("m")) as make:
-        yield make
+make_disk = disk_maker(variants(quick=("rbd", "file")))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from disks import OBJECT, SIZE, Disk, MakeDisk, disks_of, opened, run
+from disks import OBJECT, SIZE, Disk, MakeDisk, disk_maker, opened, run
 from faults import Rule, volfs_with_faults, write_rules
 from mounts import mounted
 from services import MIB
@@ -31,15 +31,10 @@ slow = pytest.mark.slow
 both_ways = pytest.mark.parametrize("direct", [0, os.O_DIRECT], ids=["buffered", "direct"])
 
 # The contract suite tells sectors of 512 and 4096 bytes apart; here the larger ones are the harder case.
-DRIVERS = [variant for variant in variants(quick=("rbd",)) if variant.id != "iscsi-512"]
+DRIVERS = variants(quick=("rbd",), only=("rbd", "iscsi-4096", "block", "file"))
 
 
-@pytest.fixture(scope="module", params=DRIVERS)
-def make_disk(
-    request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeDisk]:
-    with disks_of(request.param, module_storage, tmp_path_factory.mktemp("m")) as make:
-        yield make
+make_disk = disk_maker(DRIVERS)
 
 
 @pytest.fixture(scope="module")

@@ -14,28 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import SIZE, Disk, MakeDisk, disks_of, opened, run, succeed
+from disks import SIZE, Disk, MakeDisk, disk_maker, opened, run, succeed
 from mounts import wait_until
 from services import MIB
-from volumes import Storage, raises, random_bytes, sha256, variants
+from volumes import raises, random_bytes, sha256, variants
 
 SMALL = 100_000  # bytes, for tools that write them one sector at a time
 
 
-@pytest.fixture(scope="module", params=variants(quick=("rbd",)))
-def make_disk(
-    request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeDisk]:
-    with disks_of(request.param, module_storage, tmp_path_factory.mktemp("m")) as make:
-        yield make
+make_disk = disk_maker(variants(quick=("rbd",)))
 
 
 # What takes its time, on the two that people use most.
-over_network = pytest.mark.parametrize(
-    "make_disk",
-    [it for it in variants(quick=()) if it.id in ("rbd", "iscsi-512")],
-    indirect=True,
-)
+over_network = pytest.mark.parametrize("make_disk", variants(only=("rbd", "iscsi-512")), indirect=True)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import Disk, MakeDisk, disks_of, run, succeed
+from disks import Disk, MakeDisk, disk_maker, run, succeed
 from mounts import is_mounted
 from services import MIB, skip_or_fail
-from volumes import Storage, random_bytes, sha256, variants
+from volumes import random_bytes, sha256, variants
 
 pytestmark = pytest.mark.slow
 
@@ -28,19 +28,12 @@ XFS_SIZE = 304 * MIB  # mkfs.xfs makes none below 300 MiB
 TREE = {"a": 1, "b/c": 70_000, "b/d/e": MIB + 1, "empty": 0}  # files in a file system, and their sizes
 
 
-@pytest.fixture(scope="module", params=[it for it in variants(quick=()) if it.id in ("rbd", "iscsi-512")])
-def make_disk(
-    request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeDisk]:
-    with disks_of(request.param, module_storage, tmp_path_factory.mktemp("m")) as make:
-        yield make
+make_disk = disk_maker(variants(only=("rbd", "iscsi-512")))
 
 
 # Where sectors of another size may make a difference.
 with_large_sectors = pytest.mark.parametrize(
-    "make_disk",
-    [it for it in variants(quick=()) if it.id in ("rbd", "iscsi-512", "iscsi-4096")],
-    indirect=True,
+    "make_disk", variants(only=("rbd", "iscsi-512", "iscsi-4096")), indirect=True
 )
 
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from disks import Disk, MakeDisk, disks_of, run, succeed
+from disks import Disk, MakeDisk, disk_maker, run, succeed
 from mounts import wait_until
 from services import MIB
-from volumes import Storage, random_bytes, sha256, variants
+from volumes import random_bytes, sha256, variants
 
 pytestmark = pytest.mark.slow
 
@@ -23,19 +23,12 @@ SIZE = 8 * MIB
 HOLE = bytes(2 * MIB)
 
 
-@pytest.fixture(scope="module", params=[it for it in variants(quick=()) if it.id in ("rbd", "iscsi-512")])
-def make_disk(
-    request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeDisk]:
-    with disks_of(request.param, module_storage, tmp_path_factory.mktemp("m")) as make:
-        yield make
+make_disk = disk_maker(variants(only=("rbd", "iscsi-512")))
 
 
 # Where sectors of another size may make a difference.
 with_large_sectors = pytest.mark.parametrize(
-    "make_disk",
-    [it for it in variants(quick=()) if it.id in ("rbd", "iscsi-512", "iscsi-4096")],
-    indirect=True,
+    "make_disk", variants(only=("rbd", "iscsi-512", "iscsi-4096")), indirect=True
 )
 
 

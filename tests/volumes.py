@@ -46,11 +46,12 @@ VARIANTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
 )
 
 
-def variants(quick: Collection[str]) -> list[Any]:
-    """VARIANTS as a fixture's params; those that are not needed while writing code are slow."""
+def variants(quick: Collection[str] = (), only: Collection[str] = ()) -> list[Any]:
+    """VARIANTS, or some, as a fixture's params; those that are not needed while writing code are slow."""
     return [
         pytest.param(variant, marks=[] if variant[0] in quick else [pytest.mark.slow], id=variant[0])
         for variant in VARIANTS
+        if not only or variant[0] in only
     ]
 
 
