@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import pyfuse3
 
+from volfs.attached import MAX_NAME
 from volfs.backends.base import BLOCK_UNIT
 from volfs.errors import BackendError, VolfsError, VolumeNotFound
 from volfs.fuse import xattrs
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = 1.0  # seconds the kernel may believe names and attributes; an open asks again in any case
 PREFERRED_IO = 128 * 1024  # st_blksize: the buffer that cp, cat and Python's open() choose
-NAME_MAX = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Filesystem(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         with _errors("lookup"):
-            if len(name) > NAME_MAX:  # not each backend's way to say so
+            if len(name) > MAX_NAME:  # not each backend's way to say so
                 raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
             parent = self._tree.node(parent_inode)
             node = await self._tree.lookup(parent, os.fsdecode(name))
@@ -155,7 +155,7 @@ class Filesystem(pyfuse3.Operations):
             data.f_blocks = -(-total // 4096)
             data.f_bfree = data.f_bavail = 0
             data.f_files = data.f_ffree = data.f_favail = 0
-            data.f_namemax = NAME_MAX
+            data.f_namemax = MAX_NAME
             return data
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:

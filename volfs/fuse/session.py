@@ -13,12 +13,8 @@ import pyfuse3
 import trio
 
 from volfs.errors import MountError
+from volfs.fuse import helper
 from volfs.fuse.filesystem import Filesystem
-
-try:
-    from volfs.native import fuse_session
-except ImportError:
-    fuse_session = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +60,8 @@ def mounted(filesystem: Filesystem, path: str, *, allow_other: bool) -> Iterator
     options = set(pyfuse3.default_options) | {f"fsname={NAME}", f"subtype={NAME}"}
     if allow_other:
         options.add("allow_other")
-    if fuse_session is not None:
-        fuse_session.configure(MAX_BACKGROUND)
+    if helper is not None:
+        helper.configure(MAX_BACKGROUND)
     try:
         pyfuse3.init(filesystem, path, options)
     except RuntimeError as exc:
@@ -120,7 +116,7 @@ def tune(path: str, read_ahead: int) -> None:
             file.write(str(read_ahead // 1024))
     except OSError as exc:
         log.debug("%s stays at the kernel's default: %s", limit, exc.strerror)
-    if fuse_session is None or not fuse_session.hooked():
+    if helper is None or not helper.hooked():
         log.info("without the compiled helper fuse_session: at most 12 buffered requests at once")
 
 
