@@ -26,7 +26,7 @@ import contextlib
 import errno
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import trio
@@ -112,6 +112,18 @@ class Properties:
     can_resize: bool = False
 
 
+class Extent(NamedTuple):
+    """A run of bytes that is all data or all hole."""
+
+    offset: int
+    length: int
+    data: bool  # False: a hole, unallocated, which reads as zeros
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
 class BackendVolume(trio.abc.AsyncResource):
     """One open volume. The caller checks bounds: ranges lie within `properties.size` and are not empty.
 
@@ -135,8 +147,28 @@ class BackendVolume(trio.abc.AsyncResource):
         range keep their value.
         """
 
+    async def extents(self, offset: int, length: int) -> Sequence[Extent]:
+        """The range in runs of data and holes: in order, without gaps between them, none beyond it.
+
+        What the storage does not know, or not for sure, is data; so is every byte of a `pwrite` that returned before
+        the call, stable or not. The answer may stop before the end of the range, after one run at the least, where
+        more would cost more than a caller who wants the first one should pay. Two of a kind may follow each other.
+        """
+        return [Extent(offset, length, data=True)]
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, as `pwrite` of that many zeros would, and give its space back.
+
+        The zeros are a promise, the space an attempt: what cannot be given back, such as half a block, is written.
+        Takes any offset and length, up to all of the volume; each step of a long one has a deadline of its own.
+        """
+        await self.write_zeroes(offset, length)
+
     async def write_zeroes(self, offset: int, length: int) -> None:
-        """Make the range read as zeros, as `pwrite` of that many zeros would."""
+        """Make the range read as zeros, as `pwrite` of that many zeros would, in the quickest way the storage has.
+
+        Whether that gives space back is the storage's choice. Otherwise as `discard`.
+        """
         for begin in range(offset, offset + length, len(ZEROES)):
             await self.pwrite(begin, memoryview(ZEROES)[: offset + length - begin])
 
