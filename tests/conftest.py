@@ -22,6 +22,12 @@ from services import (  # noqa: F401
 )
 from volumes import Storage, StoredVolume
 
+from volfs.native import load_first
+
+load_first(
+    "rbd_image"
+)  # before a test loads python-rbd for its own ends: a driver in this process needs that order
+
 MakeVolume = Callable[..., StoredVolume]
 
 

@@ -28,19 +28,22 @@ LAYERS = """
     volfs.config volfs.control_server
     volfs.control
     volfs.fuse.session
+    volfs.fuse.requests
     volfs.fuse.filesystem
     volfs.fuse.xattrs
     volfs.fuse.handles
     volfs.fuse.tree
     volfs.fuse
     volfs.readahead volfs.rewriting
+    volfs.copy_range
     volfs.attached volfs.source volfs.volume
+    volfs.known_extents
     volfs.backends.registry
     volfs.backends
     DRIVERS
     volfs.backends.local
     volfs.backends.base
-    volfs.native.libiscsi volfs.native.fuse_session
+    volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
     volfs.native
     volfs.errors volfs.identity
     volfs.version

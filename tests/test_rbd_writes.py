@@ -5,7 +5,6 @@ Against a library that confirms when the test says, on a thread of its own, as l
 
 from __future__ import annotations
 
-import errno
 import random
 import threading
 from collections.abc import Callable
@@ -23,38 +22,56 @@ from volfs.errors import BackendTimeout
 SECONDS = 5.0
 
 
-class Completion:
-    def __init__(self, status: int) -> None:
-        self.get_return_value = lambda: status
-
-
 class Library:
-    """Applies a write to `content` when it confirms it."""
+    """Applies a write to `content` when it confirms it. In place of volfs.native.rbd_image.Image."""
 
-    def __init__(self, size: int = 0) -> None:
+    def __init__(self, wake: Callable[[], None], size: int) -> None:
         self.content = bytearray(size)
-        self.under_way: list[tuple[int, bytes, Callable[..., None]]] = []
+        self.under_way: list[tuple[int, bytes]] = []
+        self.reads = 0
+        self.failure = 0
+        self._wake = wake
+        self._wake_at: tuple[int, int] | None = None
 
-    def aio_write(self, data: bytes, offset: int, callback: Callable[..., None]) -> Any:
-        self.under_way.append((offset, data, callback))
+    @property
+    def writes(self) -> int:
+        return len(self.under_way)
 
-    def confirm(self, index: int = 0, status: int = 0) -> None:
-        offset, data, callback = self.under_way.pop(index)
-        if status == 0:
-            self.content[offset : offset + len(data)] = data
-        thread = threading.Thread(target=callback, args=(Completion(status),))
-        thread.start()
-        thread.join()
+    @property
+    def size(self) -> int:
+        return sum(len(data) for _, data in self.under_way)
+
+    def overlaps(self, offset: int, length: int) -> bool:
+        return any(begin < offset + length and offset < begin + len(data) for begin, data in self.under_way)
+
+    def wake_at(self, writes: int, size: int) -> None:
+        self._wake_at = writes, size
+
+    def confirm(self, index: int = 0) -> None:
+        offset, data = self.under_way.pop(index)
+        self.content[offset : offset + len(data)] = data
+        self._answered()
+
+    def answer_read(self) -> None:
+        self.reads -= 1
+        self._answered()
+
+    def _answered(self) -> None:
+        if self._wake_at is not None and self.writes <= self._wake_at[0] and self.size <= self._wake_at[1]:
+            self._wake_at = None
+            thread = threading.Thread(target=self._wake)
+            thread.start()
+            thread.join()
 
 
 class Bench:
     def __init__(self, size: int = 0) -> None:
-        self.library = Library(size)
-        self.writes = UnconfirmedWrites(SECONDS, "write")
+        self.writes = UnconfirmedWrites(lambda wake: Library(wake, size), SECONDS, "volume")  # type: ignore[arg-type, return-value]
+        self.library: Library = self.writes.requests  # type: ignore[assignment]
 
     async def write(self, offset: int, data: bytes) -> None:
         await self.writes.room(offset, len(data))
-        self.writes.start(offset, data, self.library.aio_write)
+        self.library.under_way.append((offset, data))
 
 
 async def finishes(call: Callable[..., Any], *args: Any) -> bool:
@@ -73,7 +90,7 @@ async def finishes(call: Callable[..., Any], *args: Any) -> bool:
 
 
 @pytest.fixture
-def bench() -> Bench:
+async def bench() -> Bench:
     return Bench(100)
 
 
@@ -158,54 +175,42 @@ async def test_settle_returns_when_all_are_confirmed(bench: Bench) -> None:
     assert bench.library.content[:2] == b"ab"
 
 
-async def test_the_first_error_is_kept_until_it_is_taken(bench: Bench) -> None:
-    for offset in range(3):
-        await bench.write(offset, b"x")
-    bench.library.confirm()
-    assert bench.writes.failure == 0
-    bench.library.confirm(status=-errno.EROFS)
-    bench.library.confirm(status=-errno.EIO)
-    await bench.writes.settle()
-    assert (bench.writes.failure, bench.writes.take_failure(), bench.writes.failure) == (
-        errno.EROFS,
-        errno.EROFS,
-        0,
-    )
+async def test_reads_that_were_started_are_waited_for(bench: Bench) -> None:
+    assert await finishes(bench.writes.settle_reads)
+    bench.library.reads = 2
+    bench.library.answer_read()
+    assert not await finishes(bench.writes.settle_reads)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.writes.settle_reads)
+        await wait_all_tasks_blocked()
+        bench.library.answer_read()
+
+
+async def test_a_write_that_does_not_wait_is_not_to_pass_those_that_do(bench: Bench) -> None:
+    piece = bytes(WINDOW // 8)
+    for number in range(8):
+        assert bench.writes.room_now(number * len(piece), len(piece))
+        await bench.write(number * len(piece), piece)
+    assert not bench.writes.room_now(WINDOW, 1), "the window is full"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.write, WINDOW, piece)
+        await wait_all_tasks_blocked()
+        for _ in range(3):
+            bench.library.confirm()
+        assert not bench.writes.room_now(2 * WINDOW, 1), "there is room, and somebody waits for more of it"
+        while bench.library.under_way:
+            bench.library.confirm()
+    assert not bench.writes.room_now(WINDOW, 1), "it is being written"
+    assert bench.writes.room_now(2 * WINDOW, 1)
 
 
 async def test_an_answer_that_does_not_come_is_a_timeout(bench: Bench, autojump_clock: MockClock) -> None:
     await bench.write(0, b"x")
     for wait in (bench.writes.settle(), bench.writes.room(0, 1), bench.writes.apart(0, 1)):
         begin = trio.current_time()
-        with pytest.raises(BackendTimeout, match=f"write: no answer within {SECONDS:g} s"):
+        with pytest.raises(BackendTimeout, match=f"volume: write: no answer within {SECONDS:g} s"):
             await wait
         assert trio.current_time() - begin == pytest.approx(SECONDS, abs=0.1)
-
-
-async def test_the_bytes_live_until_the_library_has_let_go_of_them(bench: Bench) -> None:
-    """It reads them when it sends, and holds no reference: without ours they would be somebody else's by then."""
-    freed = []
-
-    class Data(bytes):
-        def __del__(self) -> None:
-            freed.append(bytes(self))
-
-    bench.library.aio_write = lambda data, offset, callback: confirm.append(callback)  # type: ignore[method-assign]
-    confirm: list[Callable[..., None]] = []
-    await bench.write(0, Data(b"mine"))
-    assert freed == []
-    confirm.pop()(Completion(0))
-    await bench.writes.settle()
-    assert freed == [b"mine"]
-
-
-async def test_a_write_that_does_not_begin_leaves_nothing(bench: Bench) -> None:
-    def refuse(*_: object) -> None:
-        raise ValueError("closed")
-
-    with pytest.raises(ValueError, match="closed"):
-        bench.writes.start(0, b"x", refuse)
-    assert await finishes(bench.writes.settle)
 
 
 @given(

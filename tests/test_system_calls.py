@@ -185,13 +185,7 @@ SYNCHRONOUS = pytest.mark.parametrize(
         (os.O_SYNC | os.O_DIRECT, 0),
         (0, os.RWF_DSYNC),
         (0, os.RWF_SYNC),
-        pytest.param(
-            os.O_DIRECT,
-            os.RWF_DSYNC,
-            marks=pytest.mark.xfail(
-                strict=True, reason="pyfuse3 does not pass on the flags of a single write"
-            ),
-        ),
+        (os.O_DIRECT, os.RWF_DSYNC),
     ],
     ids=["dsync", "sync", "direct-dsync", "direct-sync", "rwf-dsync", "rwf-sync", "direct-rwf-dsync"],
 )

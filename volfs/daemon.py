@@ -55,7 +55,7 @@ async def run(
         daemon = Daemon(config, mountpoint, socket_path)
         filesystem = daemon.filesystem()
         try:
-            with session.mounted(filesystem, mountpoint, allow_other=config.mount.allow_other):
+            with session.mounted(filesystem, mountpoint, allow_other=config.mount.allow_other) as requests:
                 server = ControlServer(daemon.handle, daemon.goodbye)
                 async with trio.open_nursery() as nursery:
                     daemon.background = nursery
@@ -65,7 +65,7 @@ async def run(
                     if exit_idle is not None:
                         nursery.start_soon(daemon.stop_when_idle, exit_idle)
                     try:
-                        await session.serve()
+                        await session.serve(requests)
                     finally:
                         await daemon.close_volumes()
                     # Only now may `volfs umount` have its answer.

@@ -81,6 +81,15 @@ class ReadAhead:
         self._streak = 0
         self._reading = 0  # requests under way
 
+    def start_read(self, offset: int, length: int, sink: object) -> bool:
+        """As Volume.start_read, but where a stream shows or may begin."""
+        if offset == self._next or offset == 0:
+            return False
+        self._pieces.clear()
+        self._streak = 0
+        self._next = offset + length
+        return self._volume.start_read(offset, length, sink)
+
     async def pread(self, offset: int, length: int) -> bytes:
         """As Volume.pread."""
         length = min(length, self._volume.properties.size - offset)

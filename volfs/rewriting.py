@@ -28,6 +28,13 @@ class Rewriting:
                 self._end = max(self._end, offset + len(data))
         return await self._volume.pwrite(offset, data)
 
+    def start_write(self, offset: int, data: memoryview) -> bool:
+        """As Volume.start_write, where nothing is skipped or being made zero."""
+        if offset > self._end or self._zeroing.locked() or not self._volume.start_write(offset, data):
+            return False
+        self._end = max(self._end, offset + len(data))
+        return True
+
     async def finish(self) -> None:
         """What was not written up to the volume's end is zeros: the file was extended to its full size."""
         async with self._zeroing:

@@ -97,6 +97,22 @@ class Volume:
             self._written += 1
         return len(part)
 
+    def start_read(self, offset: int, length: int, sink: object) -> bool:
+        """Begin a `pread` into a sink, without a task, where the driver can; see BackendVolume."""
+        length = min(length, self.properties.size - offset)
+        return length > 0 and self._opened.volume.start_read(offset, length, sink)
+
+    def start_write(self, offset: int, data: memoryview) -> bool:
+        """Do a `pwrite` of all of `data` at once, without a task, where the driver can; see BackendVolume."""
+        if not data or offset + len(data) > self.properties.size:
+            return False
+        started = self._opened.volume.start_write(offset, data)
+        self._written += started
+        return started
+
+    def expire(self) -> None:
+        self._opened.volume.expire()
+
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range, which lies within the volume, read as zeros."""
         try:

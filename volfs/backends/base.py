@@ -147,6 +147,23 @@ class BackendVolume(trio.abc.AsyncResource):
         range keep their value.
         """
 
+    def start_read(self, offset: int, length: int, sink: object) -> bool:
+        """Begin a read whose bytes go past Python to `sink` (native/sink.h), and return; False when that is not to be.
+
+        As `pread` otherwise, but that what fails is told the sink. `aclose` waits for it.
+        """
+        return False
+
+    def start_write(self, offset: int, data: memoryview) -> bool:
+        """Do a `pwrite` for which nothing must be waited for, and return; False when that is not to be.
+
+        `data` is the caller's again at once.
+        """
+        return False
+
+    def expire(self) -> None:
+        """Give up what was begun by `start_read` and has no answer since the deadline. Called every second or so."""
+
     async def extents(self, offset: int, length: int) -> Sequence[Extent]:
         """The range in runs of data and holes: in order, without gaps between them, none beyond it.
 

@@ -22,6 +22,7 @@ import trio
 
 from volfs.backends.base import deadline
 from volfs.errors import BackendError, BackendTimeout, SourceError, VolfsError, VolumeNotFound
+from volfs.native import load_first
 
 T = TypeVar("T")
 
@@ -236,11 +237,13 @@ class Cluster:
 
     def _connect(self) -> Any:
         try:
+            load_first("rbd_image")
             import rados
             import rbd  # noqa: F401 - that it is missing is told now, not at the first image
         except ImportError as exc:
             raise BackendError(
-                f"the rbd driver needs python3-rados and python3-rbd: {exc}", errno.EOPNOTSUPP
+                f"the rbd driver needs python3-rados, python3-rbd and volfs built with librbd-dev: {exc}",
+                errno.EOPNOTSUPP,
             ) from exc
         access = self.access
         if access.conf is not None and (os.path.isdir(access.conf) or not os.access(access.conf, os.R_OK)):

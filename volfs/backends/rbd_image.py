@@ -12,7 +12,7 @@ import trio
 
 from volfs.backends import rbd_header
 from volfs.backends.base import BackendVolume, Properties
-from volfs.backends.rbd_cluster import Cluster, rados_error, rados_errors
+from volfs.backends.rbd_cluster import Cluster, rados_error
 from volfs.backends.rbd_writes import UnconfirmedWrites
 from volfs.errors import BackendError, VolumeNotFound
 
@@ -46,14 +46,14 @@ class RbdImage(BackendVolume):
         self._held = False  # the connection, by us
         self._dirty = False
         self._refreshing = trio.Lock()
-        self._writes = UnconfirmedWrites(cluster.timeout, f"{self._url}: write")
+        self._writes: UnconfirmedWrites
 
     async def open(self) -> None:
         self._cluster.hold()
         self._held = True
         try:
             self._ioctx = await self._cluster.open_pool(self._pool, self._namespace)
-            self._image = await self._open_image()
+            self._use(await self._open_image())
             self.properties = self._read_properties(await self._size())
         except BaseException:
             await self.aclose()
@@ -70,12 +70,31 @@ class RbdImage(BackendVolume):
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
         """Returns before the cluster has answered; if that is an error, the next write and the next flush raise it."""
         self._dirty = True
-        self._raise_failure(self._writes.failure)
+        requests = self._writes.requests
+        self._raise_failure(requests.failure)
         await self._writes.room(offset, len(data))
-        with rados_errors(f"{self._url}: write", self._cluster.timeout):
-            self._writes.start(
-                offset, data if isinstance(data, bytes) else bytes(data), self._image.aio_write
-            )
+        try:
+            requests.write(offset, data)
+        except OSError as exc:
+            self._raise_failure(exc.errno or errno.EIO)
+
+    def start_read(self, offset: int, length: int, sink: object) -> bool:
+        requests = self._writes.requests
+        if requests.overlaps(offset, length):
+            return False
+        requests.read(offset, length, sink)
+        return True
+
+    def start_write(self, offset: int, data: memoryview) -> bool:
+        requests = self._writes.requests
+        if requests.failure or not self._writes.room_now(offset, len(data)):
+            return False
+        self._dirty = True
+        requests.write(offset, data)
+        return True
+
+    def expire(self) -> None:
+        self._writes.requests.expire(self._cluster.timeout)
 
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Removes whole objects instead of writing them, so that even terabytes do not take for ever."""
@@ -136,7 +155,7 @@ class RbdImage(BackendVolume):
         with trio.CancelScope(shield=True):
             try:
                 if image is not None:
-                    await self._close_image(image)
+                    await self._close_image(image, self._writes)
             finally:
                 if ioctx is not None:
                     ioctx.close()
@@ -161,16 +180,29 @@ class RbdImage(BackendVolume):
                 f"{self._url}: no such {'image or snapshot' if snapshot else 'image'}"
             ) from None
 
-    async def _close_image(self, image: Any) -> None:
+    def _use(self, image: Any) -> None:
+        """From now on requests go to this open image."""
+        from volfs.native import rbd_image
+
+        self._image = image
+        self._writes = UnconfirmedWrites(
+            lambda wake: rbd_image.bind(image, wake), self._cluster.timeout, self._url
+        )
+
+    async def _close_image(self, image: Any, writes: UnconfirmedWrites) -> None:
         try:
             if self._dirty:
                 await self._flush(image)
         finally:
-            await self._aio("close", lambda done: image.aio_close(done))
+            try:
+                await writes.settle_reads()
+            finally:
+                writes.requests.expire(0)
+                await self._aio("close", lambda done: image.aio_close(done))
 
     async def _flush(self, image: Any) -> None:
         await self._writes.settle()
-        failure = self._writes.take_failure()
+        failure = self._writes.requests.take_failure()
         await self._aio("flush", lambda done: image.aio_flush(done))
         self._raise_failure(failure)
 
@@ -182,9 +214,9 @@ class RbdImage(BackendVolume):
 
     async def _reopen(self) -> None:
         """Take up a new size. librbd tells only images opened for writing, through their watcher."""
-        old, self._image = self._image, await self._open_image()
-        # Reads under way on the old one are finished by librbd before its close is.
-        await self._aio("close", lambda done: old.aio_close(done))
+        image, writes = self._image, self._writes
+        self._use(await self._open_image())
+        await self._close_image(image, writes)
 
     async def _size(self) -> int:
         """The size as the cluster has it now, whatever the open image remembers."""

@@ -8,113 +8,95 @@ answers by another thread, for which the writer waits; so it is off (rbd_cluster
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import trio
 
 from volfs.backends.base import deadline
+
+if TYPE_CHECKING:
+    from volfs.native.rbd_image import Image
 
 # Bytes that may be unconfirmed: of eight objects, which are on different disks as a rule.
 WINDOW = 32 * 1024 * 1024
 REQUESTS = 128  # writes that may be
 
 
-class _Write(NamedTuple):
-    offset: int
-    data: bytes
-
-
 class UnconfirmedWrites:
-    """Those of one open image, in the order of `start`. On the trio loop, but for librbd's callbacks."""
+    """Those of one open image, whose requests `bind` makes. On the trio loop, but for librbd's threads that wake it."""
 
-    def __init__(self, timeout: float, doing: str) -> None:
+    def __init__(self, bind: Callable[[Callable[[], None]], Image], timeout: float, name: str) -> None:
+        """`name` begins the messages."""
         self._timeout = timeout
-        self._doing = doing
-        # By number; taken out by librbd's threads. The data stays until then: told not to copy it, librbd would read it
-        # all that time, and holds no reference.
-        self._writes: dict[int, _Write] = {}
-        self._number = 0
-        self._waiting = 0  # tasks that look at each confirmation
+        self._name = name
+        self._token = trio.lowlevel.current_trio_token()
+        self._waiting = 0  # tasks that look after each answer
         self._crowded = 0  # tasks that wait for room, and look when half of it is free
         self._changed = trio.Event()
-        self.failure = 0  # the errno of the first that failed and was not told by `take_failure`
+        self.requests = bind(self._answered)
 
     async def room(self, offset: int, length: int) -> None:
         """Return when a write may start: nothing unconfirmed overlaps it, which librbd might pass."""
-        while not self._has_room(length, 1) or self._overlaps(offset, length):
+        while not self._has_room(length, 1) or self.requests.overlaps(offset, length):
             if not self._has_room(length, 1):
                 # Not for the next one: to wake up for each costs as much as the write.
                 self._crowded += 1
                 try:
-                    await self._until(lambda: self._has_room(length, 2))
+                    await self._until(lambda: self._has_room(length, 2), f"{self._name}: write")
                 finally:
                     self._crowded -= 1
             await self.apart(offset, length)
 
+    def room_now(self, offset: int, length: int) -> bool:
+        """Whether a write may start that does not wait; not before those that do."""
+        return not self._crowded and self._has_room(length, 1) and not self.requests.overlaps(offset, length)
+
     async def apart(self, offset: int, length: int) -> None:
         """Return when a read there sees what was written: librbd does not order it behind a write under way."""
-        await self._wait(lambda: not self._overlaps(offset, length))
+        await self._wait(lambda: not self.requests.overlaps(offset, length), f"{self._name}: write")
 
     async def settle(self) -> None:
         """Return when all have been confirmed, or have failed."""
-        await self._wait(lambda: not self._writes)
+        await self._wait(lambda: not self.requests.writes, f"{self._name}: write")
 
-    def take_failure(self) -> int:
-        number, self.failure = self.failure, 0
-        return number
-
-    def start(
-        self, offset: int, data: bytes, aio_write: Callable[[bytes, int, Callable[..., None]], Any]
-    ) -> None:
-        """Begin the write. `aio_write(data, offset, callback)` is librbd's; what it raises is the caller's."""
-        self._number += 1
-        number, token = self._number, trio.lowlevel.current_trio_token()
-
-        def confirmed(completion: Any) -> None:  # on a thread of librbd
-            status = completion.get_return_value()
-            if status < 0 and not self.failure:
-                self.failure = -status
-            del self._writes[number]
-            # Looked at after it has gone; a waiter does these in the other order.
-            if self._waiting or (self._crowded and self._has_room(0, 2)):
-                try:
-                    token.run_sync_soon(self._wake, idempotent=True)
-                except trio.RunFinishedError:
-                    pass  # the daemon is gone; so is who waited
-
-        self._writes[number] = _Write(offset, data)
-        try:
-            aio_write(data, offset, confirmed)
-        except BaseException:
-            del self._writes[number]
-            raise
+    async def settle_reads(self) -> None:
+        """Return when all reads that were started without waiting are answered."""
+        await self._wait(lambda: not self.requests.reads, f"{self._name}: read")
 
     def _has_room(self, length: int, share: int) -> bool:
         """Whether there is, in the window divided by `share`. What is larger than that goes alone."""
-        writes = list(self._writes.values())
-        unconfirmed = sum(len(write.data) for write in writes)
-        return not writes or (len(writes) < REQUESTS // share and unconfirmed + length <= WINDOW // share)
+        writes = self.requests.writes
+        return not writes or (writes < REQUESTS // share and self.requests.size + length <= WINDOW // share)
 
-    def _overlaps(self, offset: int, length: int) -> bool:
-        return any(
-            write.offset < offset + length and offset < write.offset + len(write.data)
-            for write in list(self._writes.values())
-        )
+    def _answered(self) -> None:  # on a thread of librbd
+        try:
+            self._token.run_sync_soon(self._wake, idempotent=True)
+        except trio.RunFinishedError:
+            pass  # the daemon is gone; so is who waited
 
     def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def _wait(self, condition: Callable[[], bool]) -> None:
+    async def _wait(self, condition: Callable[[], bool], doing: str) -> None:
         if condition():
             return
         self._waiting += 1
         try:
-            await self._until(condition)
+            await self._until(condition, doing)
         finally:
             self._waiting -= 1
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        with deadline(self._timeout, self._doing):
-            while not condition():
-                await self._changed.wait()
+    async def _until(self, condition: Callable[[], bool], doing: str) -> None:
+        with deadline(self._timeout, doing):
+            while True:
+                changed = self._changed
+                if self._waiting:
+                    self.requests.wake_at(REQUESTS, 1 << 62)
+                else:
+                    self.requests.wake_at(REQUESTS // 2 - 1, WINDOW // 2)
+                if (
+                    condition()
+                ):  # looked at after asking to be woken; what is answered does these in the other order
+                    return
+                await changed.wait()

@@ -21,7 +21,7 @@ import pyfuse3
 
 from volfs.attached import MAX_NAME
 from volfs.backends.base import BLOCK_UNIT
-from volfs.errors import BackendError, VolfsError, VolumeNotFound
+from volfs.errors import BackendError, BackendTimeout, VolfsError, VolumeNotFound
 from volfs.fuse import xattrs
 from volfs.fuse.handles import OpenFiles
 from volfs.fuse.tree import AttachedNode, Node, Tree, VolumeNode
@@ -197,9 +197,50 @@ class Filesystem(pyfuse3.Operations):
         with _errors("read"):
             return await self._files[fh].read(off, size)
 
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
+    async def write(self, fh: int, off: int, buf: bytes, synchronous: bool = False) -> int:
         with _errors("write"):
-            return await self._files[fh].write(off, buf)
+            return await self._files[fh].write(off, buf, synchronous)
+
+    def start_read(self, fh: int, off: int, size: int, sink: object) -> bool:
+        """Begin a read without a task; False when it takes `read` to do it, or to say why not."""
+        try:
+            return self._files[fh].start_read(off, size, sink)
+        except OSError as exc:
+            log.debug("read: %s", exc)
+            return False
+
+    def start_write(self, fh: int, off: int, data: memoryview) -> bool:
+        """Do a write without a task; False when it takes `write` to do it, or to say why not."""
+        try:
+            return self._files[fh].start_write(off, data)
+        except OSError as exc:
+            log.debug("write: %s", exc)
+            return False
+
+    async def read_failed(self, fh: int, off: int, size: int, number: int) -> bytes:
+        """A read that was begun had an error: what it means is found by asking again, unless time is up."""
+        with _errors("read"):
+            file = self._files[fh]
+            if number == errno.ETIMEDOUT:
+                raise BackendTimeout(f"{file.volume.source.url}: read: no answer in time")
+            return await file.read(off, size)
+
+    def expire_reads(self) -> None:
+        """Give up reads that were begun and are past their deadline."""
+        for volume in self._volumes:
+            volume.expire()
+
+    async def lseek(self, fh: int, off: int, whence: int) -> int:
+        with _errors("lseek"):
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def fallocate(self, fh: int, mode: int, off: int, length: int) -> None:
+        with _errors("fallocate"):
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def copy_file_range(self, fh_in: int, off_in: int, fh_out: int, off_out: int, length: int) -> int:
+        with _errors("copy_file_range"):
+            raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def flush(self, fh: int) -> None:
         with _errors("flush"):

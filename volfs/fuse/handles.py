@@ -33,6 +33,24 @@ class OpenFile:
     rewriting: Rewriting | None = None  # it was opened with O_TRUNC
     closing: bool = False  # close(2) was called, on what may be one of several descriptors
 
+    def start_read(self, offset: int, length: int, sink: object) -> bool:
+        """Begin a read whose bytes go to the sink; False when it takes a task (`read`) to do it."""
+        self.closing = self.untouched = False
+        if not (self.ahead or self.volume).start_read(offset, length, sink):
+            return False
+        self.read_to = max(self.read_to, min(offset + length, self.volume.properties.size))
+        return True
+
+    def start_write(self, offset: int, data: memoryview) -> bool:
+        """Do a write at once; False when it takes a task (`write`)."""
+        self.closing = self.untouched = False
+        if not self.writable or self.appending or self.synchronous:
+            return False
+        if not (self.rewriting or self.volume).start_write(offset, data):
+            return False
+        self.node.changed()
+        return True
+
     async def read(self, offset: int, length: int) -> bytes:
         self.closing = self.untouched = False
         data = await (self.ahead or self.volume).pread(offset, length)
@@ -40,7 +58,7 @@ class OpenFile:
             self.read_to = max(self.read_to, offset + len(data))
         return data
 
-    async def write(self, offset: int, data: bytes) -> int:
+    async def write(self, offset: int, data: bytes, synchronous: bool = False) -> int:
         if not self.writable:
             raise VolfsError("not open for writing", errno.EBADF)
         self.closing = self.untouched = False
@@ -51,7 +69,7 @@ class OpenFile:
             written = await (self.rewriting or self.volume).pwrite(offset, data)
         finally:
             self.node.changed()
-        if self.synchronous:
+        if self.synchronous or synchronous:
             await self.fsync()
         return written
 

@@ -15,6 +15,7 @@ import trio
 from volfs.errors import MountError
 from volfs.fuse import helper
 from volfs.fuse.filesystem import Filesystem
+from volfs.fuse.requests import Requests
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +56,14 @@ def prepare_mountpoint(path: str) -> None:
 
 
 @contextmanager
-def mounted(filesystem: Filesystem, path: str, *, allow_other: bool) -> Iterator[None]:
-    """Mount, and unmount at the end; lazily, so that files still open do not keep it."""
+def mounted(filesystem: Filesystem, path: str, *, allow_other: bool) -> Iterator[Requests]:
+    """Mount, and unmount at the end; lazily, so that files still open do not keep it. `serve` what it yields."""
     options = set(pyfuse3.default_options) | {f"fsname={NAME}", f"subtype={NAME}"}
     if allow_other:
         options.add("allow_other")
+    requests = Requests(filesystem)
     if helper is not None:
-        helper.configure(MAX_BACKGROUND)
+        helper.configure(MAX_BACKGROUND, requests)
     try:
         pyfuse3.init(filesystem, path, options)
     except RuntimeError as exc:
@@ -70,14 +72,14 @@ def mounted(filesystem: Filesystem, path: str, *, allow_other: bool) -> Iterator
             f"{path}: cannot mount: {exc}; is /dev/fuse accessible, fuse3 installed?", errno.EPERM
         ) from exc
     try:
-        yield
+        yield requests
     finally:
         pyfuse3.close(unmount=True)
 
 
-async def serve() -> None:
+async def serve(requests: Requests) -> None:
     """Answer the kernel until the file system is unmounted or `stop` is called; requests under way are finished."""
-    await pyfuse3.main(min_tasks=IDLE_WORKERS, max_tasks=MAX_REQUESTS)
+    await requests.serve(IDLE_WORKERS, MAX_REQUESTS)
 
 
 def stop() -> None:

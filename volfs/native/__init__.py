@@ -1,1 +1,18 @@
-"""Compiled helpers. They move bytes and decide nothing; each says why it exists."""
+"""Compiled helpers: they move bytes and decide nothing. Each says why it exists."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from types import ModuleType
+
+
+def load_first(name: str) -> ModuleType:
+    """Import a helper that defines functions of a C library anew, before the library's Python module binds to them."""
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(flags | os.RTLD_GLOBAL)
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    finally:
+        sys.setdlopenflags(flags)

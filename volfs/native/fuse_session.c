@@ -1,6 +1,10 @@
-/* What pyfuse3 leaves out of its libfuse session: what is agreed at the handshake, and one answer that must be quick.
+/* What pyfuse3 leaves out of its libfuse session: what is agreed at the handshake, operations it does not know, and
+ * answers that must be quick.
  *
- * Why it exists: pyfuse3 3.5 has no hook into the init handshake, the only place where a mount of any user can raise
+ * Why it exists: pyfuse3 3.5 has no lseek, fallocate and copy_file_range, and drops the flags of a write, among them
+ * RWF_DSYNC. It makes a task for each read and write, and copies the bytes once more (fuse_request.c).
+ *
+ * Besides, it has no hook into the init handshake, the only place where a mount of any user can raise
  * the number of buffered requests under way (kernel default: 12), and where the kernel can be told not to drop a file's
  * page cache whenever its mtime has moved. It moves with every write; a page dropped while a write to it is on its way
  * here may be read again from before that write, and then stays so: processes that write the same pages would miss
@@ -15,13 +19,11 @@
  * replaces entries of the operation table and calls libfuse's own. Where that does not come about (another libfuse,
  * static linking), pyfuse3 works as without it, and hooked() tells.
  */
-#define PY_SSIZE_T_CLEAN
-#define FUSE_USE_VERSION 314
-#include <Python.h>
+#include "fuse_request.h"
 
 #include <dlfcn.h>
 #include <errno.h>
-#include <fuse3/fuse_lowlevel.h>
+#include <fcntl.h>
 #include <malloc.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -56,6 +58,45 @@ static void getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t si
         pyfuse3.getxattr(req, ino, name, size);
 }
 
+static void read_(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *file)
+{
+    if (!request_read(req, file->fh, size, offset))
+        pyfuse3.read(req, ino, size, offset, file);
+}
+
+static void write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *bytes, off_t offset,
+                      struct fuse_file_info *file)
+{
+    const struct fuse_buf *first = &bytes->buf[0];
+    /* Of the open file, or of this one write (RWF_DSYNC, RWF_SYNC). */
+    int synchronous = file->flags & (O_SYNC | O_DSYNC);
+    int plain = bytes->count == 1 && bytes->idx == 0 && bytes->off == 0 && !(first->flags & FUSE_BUF_IS_FD);
+
+    if (!plain || (!synchronous && !request_write(req, file->fh, first->mem, first->size, offset)))
+        pyfuse3.write_buf(req, ino, bytes, offset, file);
+    else if (synchronous)
+        request_start(req, "write", "(KLy#O)", (unsigned long long)file->fh, (long long)offset,
+                      (const char *)first->mem, (Py_ssize_t)first->size, Py_True);
+}
+
+static void lseek_(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *file)
+{
+    request_start(req, "lseek", "(KLi)", (unsigned long long)file->fh, (long long)offset, whence);
+}
+
+static void fallocate_(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length,
+                       struct fuse_file_info *file)
+{
+    request_start(req, "fallocate", "(KiLL)", (unsigned long long)file->fh, mode, (long long)offset, (long long)length);
+}
+
+static void copy_file_range_(fuse_req_t req, fuse_ino_t ino_in, off_t offset_in, struct fuse_file_info *in,
+                             fuse_ino_t ino_out, off_t offset_out, struct fuse_file_info *out, size_t length, int flags)
+{
+    request_start(req, "copy_file_range", "(KLKLn)", (unsigned long long)in->fh, (long long)offset_in,
+                  (unsigned long long)out->fh, (long long)offset_out, (Py_ssize_t)length);
+}
+
 __attribute__((visibility("default"))) struct fuse_session *
 fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size, void *userdata)
 {
@@ -73,6 +114,15 @@ fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, siz
     ops.init = init;
     if (ops.getxattr)
         ops.getxattr = getxattr;
+    if (operations) {
+        ops.lseek = lseek_;
+        ops.fallocate = fallocate_;
+        ops.copy_file_range = copy_file_range_;
+        if (ops.read)
+            ops.read = read_;
+        if (ops.write_buf)
+            ops.write_buf = write_buf;
+    }
     return libfuse(args, &ops, sizeof ops, userdata);
 }
 
@@ -102,8 +152,11 @@ static void keep_buffers(void)
 
 static PyObject *py_configure(PyObject *module, PyObject *args)
 {
-    if (!PyArg_ParseTuple(args, "I", &max_background))
+    PyObject *asked;
+
+    if (!PyArg_ParseTuple(args, "IO", &max_background, &asked))
         return NULL;
+    Py_XSETREF(operations, Py_NewRef(asked));
     keep_buffers();
     Py_RETURN_NONE;
 }
@@ -114,7 +167,7 @@ static PyObject *py_hooked(PyObject *module, PyObject *unused)
 }
 
 static PyMethodDef methods[] = {
-    {"configure", py_configure, METH_VARARGS, "configure(max_background): what the next mount asks the kernel for. Keeps memory for it."},
+    {"configure", py_configure, METH_VARARGS, "configure(max_background, operations): what the next mount asks the kernel for, and who answers it."},
     {"hooked", py_hooked, METH_NOARGS, "Whether the mount's handshake went through here."},
     {NULL, NULL, 0, NULL},
 };
@@ -125,5 +178,7 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit_fuse_session(void)
 {
+    if (PyType_Ready(&request_type) < 0)
+        return NULL;
     return PyModule_Create(&definition);
 }

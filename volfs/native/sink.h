@@ -1,0 +1,18 @@
+/* Where the bytes of a read go when they do not pass through Python: from a backend's library straight to whoever asked.
+ *
+ * A sink travels through Python as a capsule of this name. Who has it owes one call of `done`, from any thread, with or
+ * without the GIL, after which it is gone: with `status` bytes at `data` (the reader's own, unchanged until `done` returns),
+ * or a negative errno.
+ */
+#ifndef VOLFS_SINK_H
+#define VOLFS_SINK_H
+
+#include <sys/types.h>
+
+#define SINK "volfs.sink"
+
+struct sink {
+    void (*done)(struct sink *sink, const char *data, ssize_t status);
+};
+
+#endif
