@@ -22,7 +22,7 @@ from volfs.config import Config
 from volfs.control_server import Client, ControlServer, control_socket
 from volfs.errors import ControlError, VolfsError, VolumeNotFound
 from volfs.fuse import session
-from volfs.fuse.filesystem import Access, Filesystem
+from volfs.fuse.filesystem import Access, Filesystem, write_back
 from volfs.fuse.handles import OpenFile, OpenFiles
 from volfs.fuse.tree import ATTACHED, Tree
 from volfs.source import parse_connection_info, parse_source
@@ -118,7 +118,8 @@ class Daemon:
         """End, after the kernel has written back what programs changed by mmap."""
         self._stopping = True
         with trio.move_on_after(WRITE_BACK_SECONDS) as scope:
-            await session.write_back(self._files.written_inodes())
+            for inode in self._files.written_inodes():
+                await write_back(inode)
         if scope.cancelled_caught:
             log.error("the kernel has not written back everything in %g s", WRITE_BACK_SECONDS)
         session.stop()

@@ -22,11 +22,15 @@ class Rewriting:
 
     async def pwrite(self, offset: int, data: bytes) -> int:
         """As Volume.pwrite, after making zeros of what was skipped before `offset`."""
+        await self.reach(offset, len(data))
+        return await self._volume.pwrite(offset, data)
+
+    async def reach(self, offset: int, length: int) -> None:
+        """Make zeros of what was skipped before the range, which the caller writes or zeroes next."""
         if offset < self._volume.properties.size:
             async with self._zeroing:
                 await self._zero(offset)
-                self._end = max(self._end, offset + len(data))
-        return await self._volume.pwrite(offset, data)
+                self._end = max(self._end, offset + length)
 
     def start_write(self, offset: int, data: memoryview) -> bool:
         """As Volume.start_write, where nothing is skipped or being made zero."""
@@ -42,5 +46,5 @@ class Rewriting:
 
     async def _zero(self, end: int) -> None:
         if end > self._end:
-            await self._volume.write_zeroes(self._end, end - self._end)
+            await self._volume.discard(self._end, end - self._end)
             self._end = end

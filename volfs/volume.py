@@ -8,14 +8,15 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import trio
 
-from volfs.backends.base import Backend, BackendVolume, Properties, Source
+from volfs.backends.base import Backend, BackendVolume, Extent, Properties, Source
 from volfs.backends.registry import Backends
 from volfs.errors import VolfsError
+from volfs.known_extents import KnownExtents, Writing
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Volume:
         self.failures = 0
         self.last_failure: VolfsError | None = None
         self._opened = _Opened(volume)
+        self._known = KnownExtents()
+        self._writing = Writing()
         self._written = 0  # writes finished
         self._flushed = 0  # of these, how many a flush has covered
 
@@ -89,12 +92,8 @@ class Volume:
         if room <= 0:
             raise VolfsError(f"{self.source.url}: write at {offset}: past the end", errno.ENOSPC)
         part = data if len(data) <= room else memoryview(data)[:room]
-        try:
-            with self._opened as volume:
-                await volume.pwrite(offset, part)
-        finally:
-            # Also after an error: some of it may have been written, and wants the flush.
-            self._written += 1
+        with self._change(offset, len(part)) as volume:
+            await volume.pwrite(offset, part)
         return len(part)
 
     def start_read(self, offset: int, length: int, sink: object) -> bool:
@@ -107,7 +106,10 @@ class Volume:
         if not data or offset + len(data) > self.properties.size:
             return False
         started = self._opened.volume.start_write(offset, data)
-        self._written += started
+        if started:
+            self._writing.note(offset, len(data))
+            self._known.written(offset, len(data))
+            self._written += 1
         return started
 
     def expire(self) -> None:
@@ -115,10 +117,53 @@ class Volume:
 
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range, which lies within the volume, read as zeros."""
+        with self._change(offset, length) as volume:
+            await volume.write_zeroes(offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Make the range, which lies within the volume, read as zeros, and give back its space.
+
+        The backend is asked, not what is known here, so that another client's data does not stay.
+        """
+        end = offset + length
+        while offset < end:
+            with self._writing.question() as spoilt:
+                with self._opened as volume:
+                    extents = await volume.extents(offset, end - offset)
+                for extent in extents:
+                    if extent.data or any(
+                        begin < extent.end and extent.offset < stop for begin, stop in spoilt
+                    ):
+                        with self._change(extent.offset, extent.length) as volume:
+                            await volume.discard(extent.offset, extent.length)
+                    offset = extent.end
+
+    async def extent(self, offset: int, length: int) -> Extent:
+        """The run of data or hole that begins at `offset`, as far as it is known, and no longer than `length`."""
+        known = self._known.at(offset)
+        if known is None:
+            with self._writing.question() as spoilt:
+                with self._opened as volume:
+                    extents = await volume.extents(offset, self.properties.size - offset)
+                self._known.learn(extents, spoilt)
+            known = self._known.at(offset) or Extent(offset, extents[0].length, data=True)
+        return Extent(offset, min(length, known.length), known.data)
+
+    def forget_extents(self) -> None:
+        """Another client may have changed them."""
+        self._known.clear()
+
+    @contextmanager
+    def _change(self, offset: int, length: int) -> Iterator[BackendVolume]:
+        """The backend open, to change the range. Known as data meanwhile, and not known afterwards."""
+        self._known.written(offset, length)
+        number = self._writing.begin(offset, length)
         try:
             with self._opened as volume:
-                await volume.write_zeroes(offset, length)
+                yield volume
         finally:
+            self._writing.end(number)
+            # Also after an error: some of it may have been written, and wants the flush.
             self._written += 1
 
     async def flush(self) -> None:
@@ -194,6 +239,7 @@ class VolumeTable:
                 await volume.reopen(await backend.open(source, writable=True))
             else:
                 await volume.refresh()
+            volume.forget_extents()
             volume.handles += 1
             self.opens += 1
             return volume

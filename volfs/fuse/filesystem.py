@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import pyfuse3
+import trio
 
 from volfs.attached import MAX_NAME
 from volfs.backends.base import BLOCK_UNIT
+from volfs.copy_range import Interrupted
 from volfs.errors import BackendError, BackendTimeout, VolfsError, VolumeNotFound
 from volfs.fuse import xattrs
 from volfs.fuse.handles import OpenFiles
@@ -232,15 +234,22 @@ class Filesystem(pyfuse3.Operations):
 
     async def lseek(self, fh: int, off: int, whence: int) -> int:
         with _errors("lseek"):
-            raise pyfuse3.FUSEError(errno.ENOSYS)
+            file = self._files[fh]
+            if self._files.may_be_mapped(file.node):
+                await write_back(file.node.inode)
+            return await file.seek(off, whence)
 
     async def fallocate(self, fh: int, mode: int, off: int, length: int) -> None:
         with _errors("fallocate"):
-            raise pyfuse3.FUSEError(errno.ENOSYS)
+            await self._files[fh].allocate(mode, off, length)
 
-    async def copy_file_range(self, fh_in: int, off_in: int, fh_out: int, off_out: int, length: int) -> int:
+    async def copy_file_range(
+        self, fh_in: int, off_in: int, fh_out: int, off_out: int, length: int, interrupted: Interrupted
+    ) -> int:
+        """Both ranges are written back by the kernel before it asks."""
         with _errors("copy_file_range"):
-            raise pyfuse3.FUSEError(errno.ENOSYS)
+            source = self._files[fh_in]
+            return await self._files[fh_out].copy_from(source, off_in, off_out, length, interrupted)
 
     async def flush(self, fh: int) -> None:
         with _errors("flush"):
@@ -367,6 +376,18 @@ class Filesystem(pyfuse3.Operations):
             self._tree.resized(node, size)
         finally:
             await self._volumes.release(node.backend, node.info.source)
+
+
+async def write_back(inode: int) -> None:
+    """Have the kernel send what mmap left in its page cache for this file. The main loop must go on meanwhile.
+
+    Not by syncfs(2): for FUSE the kernel begins to write and does not wait. Dropping a file's cache writes its dirty
+    pages first, and returns when that is answered.
+    """
+    try:
+        await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
+    except OSError as exc:  # forgotten, or unmounted
+        log.debug("inode %d: %s", inode, exc)
 
 
 @contextmanager

@@ -8,11 +8,18 @@ import os
 from dataclasses import dataclass
 
 from volfs.backends.base import Backend
+from volfs.copy_range import Interrupted, copy_range
 from volfs.errors import VolfsError, VolumeNotFound
 from volfs.fuse.tree import VolumeNode
 from volfs.readahead import ReadAhead, Spawn
 from volfs.rewriting import Rewriting
 from volfs.volume import Volume, VolumeTable
+
+# Modes of fallocate(2), of the flags in linux/falloc.h. The size stays in any case.
+KEEP_SIZE = 0x01
+PREALLOCATE = 0, KEEP_SIZE
+PUNCH_HOLE = 0x02 | KEEP_SIZE
+ZERO_RANGE = 0x10, 0x10 | KEEP_SIZE
 
 
 @dataclass(eq=False)
@@ -22,6 +29,7 @@ class OpenFile:
     node: VolumeNode
     volume: Volume
     writable: bool
+    mappable: bool  # for writing: a shared mapping wants a descriptor that reads, too, and has the page cache
     synchronous: bool  # O_SYNC or O_DSYNC: with direct I/O the kernel leaves it to us
     appending: bool  # O_APPEND
     thread: int  # that opened it, and its process; 0 when not in our namespace
@@ -72,6 +80,61 @@ class OpenFile:
         if self.synchronous or synchronous:
             await self.fsync()
         return written
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """The next place at or after `offset` that is data (SEEK_DATA, ENXIO if none) or hole (SEEK_HOLE, the end)."""
+        self.closing = self.untouched = False
+        size = self.volume.properties.size
+        if not 0 <= offset < size:
+            raise VolfsError(f"{self.volume.source.url}: seek to {offset}: past the end", errno.ENXIO)
+        while offset < size:
+            extent = await self.volume.extent(offset, size - offset)
+            if extent.data == (whence == os.SEEK_DATA):
+                return offset
+            offset = extent.end
+        if whence == os.SEEK_DATA:
+            raise VolfsError(f"{self.volume.source.url}: no data behind that", errno.ENXIO)
+        return size
+
+    async def allocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2). Space is the backend's to allocate; a hole is made where that is asked for."""
+        self.closing = self.untouched = False
+        room = self.volume.properties.size - offset
+        if mode == PUNCH_HOLE:
+            length = min(length, room)  # nothing is past the end, nor allocated there
+        elif mode not in (*PREALLOCATE, *ZERO_RANGE):
+            raise VolfsError(f"{self.volume.source.url}: fallocate: mode {mode:#x}", errno.EOPNOTSUPP)
+        elif length > room:
+            raise VolfsError(f"{self.volume.source.url}: fallocate: a volume does not grow", errno.ENOSPC)
+        if length <= 0 or mode in PREALLOCATE:
+            return
+        zero = self.volume.discard if mode == PUNCH_HOLE else self.volume.write_zeroes
+        try:
+            if self.rewriting is not None:
+                await self.rewriting.reach(offset, length)
+            await zero(offset, length)
+        finally:
+            self.node.changed()
+        if self.synchronous:
+            await self.fsync()
+
+    async def copy_from(
+        self, source: OpenFile, source_offset: int, offset: int, length: int, interrupted: Interrupted
+    ) -> int:
+        """copy_file_range(2) from another handle; how much, see `copy_range`."""
+        for file in (self, source):
+            file.closing = file.untouched = False
+        try:
+            if self.rewriting is not None:
+                length = min(length, source.volume.properties.size - source_offset)
+                await self.rewriting.reach(offset, max(length, 0))
+            copied = await copy_range(source.volume, source_offset, self.volume, offset, length, interrupted)
+        finally:
+            self.node.changed()
+        source.read_to = max(source.read_to, source_offset + copied)
+        if self.synchronous:
+            await self.fsync()
+        return copied
 
     def truncate_at_open(self) -> None:
         """O_TRUNC, which keeps size and content, until the program writes and skips."""
@@ -143,6 +206,10 @@ class OpenFiles:
             None,
         )
 
+    def may_be_mapped(self, node: VolumeNode) -> bool:
+        """Whether a program may be changing the volume by mmap, of which we know when the kernel writes back."""
+        return any(it.node is node and it.mappable for it in self._files.values())
+
     def written_inodes(self) -> set[int]:
         """The files that are open for writing, or mapped."""
         return {file.node.inode for file in self._files.values() if file.writable}
@@ -158,6 +225,7 @@ class OpenFiles:
             node,
             volume,
             writable=writable,
+            mappable=flags & (os.O_ACCMODE | os.O_DIRECT) == os.O_RDWR,
             synchronous=bool(flags & (os.O_SYNC | os.O_DSYNC)),
             appending=bool(flags & os.O_APPEND),
             thread=thread,

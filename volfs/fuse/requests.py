@@ -61,7 +61,8 @@ class Requests:
                 case "write":
                     request.count(await self._filesystem.write(*arguments))  # type: ignore[arg-type]
                 case "copy_file_range":
-                    request.count(await self._filesystem.copy_file_range(*arguments))  # type: ignore[arg-type]
+                    interrupted = request.interrupted
+                    request.count(await self._filesystem.copy_file_range(*arguments, interrupted))  # type: ignore[call-arg, arg-type]
                 case "lseek":
                     request.offset(await self._filesystem.lseek(*arguments))  # type: ignore[arg-type]
                 case "fallocate":

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyfuse3
@@ -126,16 +126,3 @@ async def wait_ready(path: str, inside: str) -> None:
     """Return when the mount answers: the kernel asks, the main loop replies."""
     # Abandoned when we are to stop before that: nobody would answer it any more.
     await trio.to_thread.run_sync(os.stat, os.path.join(path, inside), abandon_on_cancel=True)
-
-
-async def write_back(inodes: Iterable[int]) -> None:
-    """Have the kernel send what mmap left in its page cache for these files. `serve` must go on meanwhile.
-
-    Not by syncfs(2): for FUSE the kernel begins to write and does not wait. Dropping a file's cache writes its dirty
-    pages first, and returns when that is answered.
-    """
-    for inode in inodes:
-        try:
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
-        except OSError as exc:  # forgotten, or unmounted
-            log.debug("inode %d: %s", inode, exc)

@@ -96,11 +96,19 @@ static PyObject *request_offset(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *request_interrupted(PyObject *self, PyObject *unused)
+{
+    Request *request = (Request *)self;
+
+    return PyBool_FromLong(request->req == NULL || fuse_req_interrupted(request->req));
+}
+
 static PyMethodDef request_methods[] = {
     {"error", request_error, METH_VARARGS, "error(errno): answer with an error, or 0 for success."},
     {"data", request_data, METH_VARARGS, "data(bytes): answer a read."},
     {"count", request_count, METH_VARARGS, "count(bytes): answer a write or a copy."},
     {"offset", request_offset, METH_VARARGS, "offset(position): answer an lseek."},
+    {"interrupted", request_interrupted, METH_NOARGS, "Whether a signal came to who asked, and waits for the answer."},
     {NULL, NULL, 0, NULL},
 };
 

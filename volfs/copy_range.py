@@ -1,0 +1,97 @@
+"""Copying a range from one open volume to another, whatever their drivers, with many requests under way."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from volfs.errors import VolfsError
+from volfs.volume import Volume
+
+PIECE = 1024 * 1024  # bytes of one read and the write that follows
+PIECES = 16  # under way at once, holes too
+
+Interrupted = Callable[[], bool]
+
+
+async def copy_range(
+    source: Volume,
+    source_offset: int,
+    target: Volume,
+    target_offset: int,
+    length: int,
+    interrupted: Interrupted = lambda: False,
+) -> int:
+    """Copy up to `length` bytes and return how many, from the beginning on, are copied.
+
+    That is less at the end of the source or the target, when an error comes behind the first byte, and soon after
+    `interrupted()` holds. Holes become holes. ENOSPC at or past the target's end, EINVAL where the ranges overlap.
+    """
+    length = min(length, source.properties.size - source_offset)
+    if length <= 0:
+        return 0
+    room = target.properties.size - target_offset
+    if room <= 0:
+        raise VolfsError(f"{target.source.url}: copy to {target_offset}: past the end", errno.ENOSPC)
+    length = min(length, room)
+    if source is target and abs(source_offset - target_offset) < length:
+        raise VolfsError(f"{target.source.url}: copy: the ranges overlap", errno.EINVAL)
+    copy = _Copy(source, target, target_offset - source_offset, interrupted)
+    return await copy.run(source_offset, source_offset + length) - source_offset
+
+
+class _Copy:
+    """One call. Offsets are the source's; `shift` more is the target's."""
+
+    def __init__(self, source: Volume, target: Volume, shift: int, interrupted: Interrupted) -> None:
+        self._source = source
+        self._target = target
+        self._shift = shift
+        self._interrupted = interrupted
+        self._slots = trio.Semaphore(PIECES)
+        self._failed_at: int | None = None  # the first piece that failed
+        self._failure: VolfsError | None = None
+
+    async def run(self, begin: int, end: int) -> int:
+        """Copy, and return where the part ends that is copied without a gap."""
+        offset = begin
+        async with trio.open_nursery() as nursery:
+            while offset < end and self._failure is None and not self._interrupted():
+                extent = await self._source.extent(offset, end - offset)
+                if extent.data:
+                    length = min(extent.length, PIECE - offset % PIECE)
+                    piece = self._copy
+                else:
+                    length = extent.length
+                    piece = self._discard
+                await self._slots.acquire()
+                nursery.start_soon(self._run_piece, piece, offset, length)
+                offset += length
+        if self._failure is None or self._failed_at is None:
+            return offset
+        if self._failed_at == begin:
+            raise self._failure
+        return self._failed_at
+
+    async def _run_piece(
+        self, piece: Callable[[int, int], Awaitable[None]], offset: int, length: int
+    ) -> None:
+        try:
+            await piece(offset, length)
+        except VolfsError as exc:  # told when the pieces before it are done: one of them may fail, too
+            if self._failed_at is None or offset < self._failed_at:
+                self._failed_at, self._failure = offset, exc
+        finally:
+            self._slots.release()
+
+    async def _discard(self, offset: int, length: int) -> None:
+        await self._target.discard(offset + self._shift, length)
+
+    async def _copy(self, offset: int, length: int) -> None:
+        data = await self._source.pread(offset, length)
+        if len(data) != length:
+            raise VolfsError(f"{self._source.source.url}: shrunk to {offset + len(data)} bytes", errno.EIO)
+        if await self._target.pwrite(offset + self._shift, data) != length:
+            raise VolfsError(f"{self._target.source.url}: shrunk meanwhile", errno.ENOSPC)
