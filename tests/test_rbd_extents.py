@@ -425,7 +425,7 @@ async def test_allocated_of_many_images_and_snapshots_is_each_ones_own(make_volu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_no_sequence_of_changes_makes_a_hole_of_data(
     make_volume: MakeVolume, kind: str, seed: int
 ) -> None:
@@ -435,7 +435,7 @@ async def test_no_sequence_of_changes_makes_a_hole_of_data(
     child.resize(7 * MIB + 3)
     dice = random.Random(seed)
     snapshots: list[str] = []
-    for step in range(30):
+    for step in range(24):
         async with opened(child, writable=True) as volume:
             for _ in range(3):
                 offset = dice.randrange(child.size)

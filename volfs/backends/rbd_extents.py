@@ -42,7 +42,7 @@ def image_extents(image: Any, ioctx: Any, snapshot: str, offset: int, length: in
     a thread. Raises exceptions of rbd and rados.
     """
     end = offset + length
-    layout = _layout(image, ioctx, snapshot)
+    layout = _layout(image, ioctx, snapshot, length)
     if layout is None or offset >= layout.size:  # gone, or shrunk: the caller meets the error when it reads
         return [Extent(offset, length, data=True)]
     known = min(end, layout.size)
@@ -62,14 +62,18 @@ def image_extents(image: Any, ioctx: Any, snapshot: str, offset: int, length: in
     return extents
 
 
-def _layout(image: Any, ioctx: Any, snapshot: str) -> Layout | None:
-    """None when that is not sure. The header is asked for: an image opened read-only is told of no change to it."""
+def _layout(image: Any, ioctx: Any, snapshot: str, length: int) -> Layout | None:
+    """For a range of that length; None when nothing is sure.
+
+    The header is asked for: an image opened read-only is told of no change to it.
+    """
     before = _header(image, ioctx, snapshot)
     if before is None:
         return None
     header, found = before
     objects = None
-    if can_be_trusted(header, found):
+    # For a few objects the map is not worth its read: of a terabyte it is 64 KiB.
+    if can_be_trusted(header, found) and length > GAP * header.object_size:
         (objects,) = read_maps(ioctx, [map_name(image.id(), header, found)])
         # Between turning the feature off and the end of a rebuild the map misses what is written: valid is what was so
         # before it was read and is so after that.
