@@ -50,7 +50,7 @@ LAYERS = """
 """
 # The modules of a driver may know each other (without cycles), but not another driver's.
 DRIVERS = {
-    "rbd": "rbd rbd_cluster rbd_header rbd_image rbd_writes",
+    "rbd": "rbd rbd_cluster rbd_extents rbd_header rbd_image rbd_object_map rbd_writes rbd_zeroes",
     "iscsi": "iscsi iscsi_login iscsi_session iscsi_source iscsi_volume scsi",
     "block": "block",
     "file": "file",

@@ -17,6 +17,7 @@ from volfs.backends import rbd_header
 from volfs.backends.base import Backend, Directory, Entry, Settings, Source, VolumeInfo
 from volfs.backends.rbd_cluster import Cluster, ClusterAccess, access_from_environment
 from volfs.backends.rbd_image import RbdImage, open_image
+from volfs.backends.rbd_object_map import read_allocated
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 
 NAME = r"[^/@\0\ud800-\udfff]+"  # of a pool, namespace, image or snapshot: librados wants UTF-8
@@ -184,8 +185,11 @@ class RbdBackend(Backend):
             (header,) = rbd_header.read_headers(ioctx, [image_id])
             if header is None:
                 raise VolumeNotFound("removed meanwhile")
-            infos = self._infos(source, image_id, header)
-            return next((info for info in infos if info.name == source.name), None)
+            snapshot = next((it for it in header.snapshots if it.name == source.snapshot), None)
+            if source.snapshot and snapshot is None:
+                return None
+            (allocated,) = read_allocated(ioctx, [(image_id, header, snapshot)])
+            return self._info(source, image_id, header, snapshot, allocated)
 
         async with self._cluster.pool(source.pool, source.namespace) as ioctx:
             try:
@@ -250,34 +254,49 @@ class RbdBackend(Backend):
             raise VolumeNotFound(f"rbd:{pool}/{namespace}: no such namespace")
         images = [image for image in rbd.RBD().list2(ioctx) if _is_name(image["name"])]
         headers = rbd_header.read_headers(ioctx, [image["id"] for image in images])
-        for image, header in zip(images, headers, strict=True):
-            if header is not None:  # removed since, or of format 1, which has no id
-                source = RbdSource(pool=pool, namespace=namespace, image=image["name"], access=self._access)
-                yield from self._infos(source, image["id"], header)
+        found = [
+            (image, header, snapshot)
+            for image, header in zip(images, headers, strict=True)
+            if header is not None  # removed since, or of format 1, which has no id
+            for snapshot in (None, *header.snapshots)
+        ]
+        sizes = read_allocated(ioctx, [(image["id"], *headers) for image, *headers in found])
+        for (image, header, snapshot), allocated in zip(found, sizes, strict=True):
+            source = RbdSource(pool=pool, namespace=namespace, image=image["name"], access=self._access)
+            yield self._info(source, image["id"], header, snapshot, allocated)
 
-    def _infos(self, source: RbdSource, image_id: str, header: rbd_header.Header) -> Iterator[VolumeInfo]:
-        """The files of one image: itself and its snapshots."""
+    def _info(
+        self,
+        source: RbdSource,
+        image_id: str,
+        header: rbd_header.Header,
+        snapshot: rbd_header.SnapshotHeader | None,
+        allocated: int | None,
+    ) -> VolumeInfo:
+        """The file of an image, or of a snapshot of it."""
         identity = f"rbd {image_id}"  # half of it is random: no two clusters have the same
-        details = {"features": header.feature_names, "snapshots": str(len(header.snapshots))}
-        yield VolumeInfo(
-            name=source.image,
-            source=msgspec.structs.replace(source, snapshot=""),
-            size=header.size,
-            mtime_ns=header.modified_ns,
-            read_only=source.read_only or self.settings.read_only,
-            identity=identity,
-            details=details,
-        )
-        for snapshot in header.snapshots:
-            yield VolumeInfo(
-                name=_file_name(source.image, snapshot.name),
-                source=msgspec.structs.replace(source, snapshot=snapshot.name),
-                size=snapshot.size,
-                mtime_ns=snapshot.created_ns,
-                read_only=True,
-                identity=f"{identity}@{snapshot.name}",
-                details={"features": header.feature_names},
+        features = {"features": header.feature_names}
+        if snapshot is None:
+            return VolumeInfo(
+                name=source.image,
+                source=msgspec.structs.replace(source, snapshot=""),
+                size=header.size,
+                mtime_ns=header.modified_ns,
+                allocated=allocated,
+                read_only=source.read_only or self.settings.read_only,
+                identity=identity,
+                details={**features, "snapshots": str(len(header.snapshots))},
             )
+        return VolumeInfo(
+            name=_file_name(source.image, snapshot.name),
+            source=msgspec.structs.replace(source, snapshot=snapshot.name),
+            size=snapshot.size,
+            mtime_ns=snapshot.created_ns,
+            allocated=allocated,
+            read_only=True,
+            identity=f"{identity}@{snapshot.name}",
+            details=features,
+        )
 
 
 def _file_name(image: str, snapshot: str) -> str:

@@ -30,30 +30,49 @@ FEATURES = {  # bit: name, as `rbd info` prints them (include/rbd/features.h)
     9: "migrating",
     10: "non-primary",
 }
+OBJECT_MAP = 1 << 3
+MIGRATING = 1 << 9
+OBJECT_MAP_INVALID = 1 << 0  # a flag of the image or of a snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotHeader:
-    """A snapshot that a user made. `size` in bytes."""
+    """A snapshot that a user made. Sizes in bytes."""
 
     name: str
+    id: int
     size: int
     created_ns: int
+    flags: int = 0
+    parent_overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an image's header tells. `size` in bytes."""
+    """What an image's header tells. Sizes in bytes."""
 
     size: int
     features: int
     created_ns: int
     modified_ns: int
     snapshots: tuple[SnapshotHeader, ...]
+    object_size: int
+    stripe_unit: int  # with a stripe_count of 1 as long as the object
+    stripe_count: int  # objects that a stripe goes over
+    flags: int = 0
+    parent_overlap: int = (
+        0  # so much at the beginning is the parent's where the image has no object of its own
+    )
 
     @property
     def feature_names(self) -> str:
         return ", ".join(name for bit, name in FEATURES.items() if self.features >> bit & 1)
+
+    def objects(self, size: int) -> int:
+        """How many objects an image of that many bytes has: `Striper::get_num_objects` of Ceph's osdc/Striper.cc."""
+        periods, rest = divmod(size, self.object_size * self.stripe_count)
+        units = -(-rest // self.stripe_unit)
+        return (periods * self.stripe_count) + min(units, self.stripe_count)
 
 
 def read_image_id(ioctx: Any, name: str) -> str:
@@ -116,33 +135,62 @@ def _read_page(ioctx: Any, image_id: str, after: str) -> dict[str, bytes]:
 
 def _decode(omap: dict[str, bytes]) -> Header:
     snapshots = [_snapshot(value) for key, value in omap.items() if key.startswith("snapshot_")]
+    object_size = 1 << omap["order"][0]
     return Header(
         size=_u64(omap["size"], 0),
         features=_u64(omap["features"], 0),
         created_ns=_time(omap.get("create_timestamp", b"")),
         modified_ns=_time(omap.get("modify_timestamp") or omap.get("create_timestamp", b"")),
         snapshots=tuple(snapshot for snapshot in snapshots if snapshot is not None),
+        object_size=object_size,
+        stripe_unit=_u64(omap["stripe_unit"], 0) if "stripe_unit" in omap else object_size,
+        stripe_count=_u64(omap["stripe_count"], 0) if "stripe_count" in omap else 1,
+        flags=_u64(omap["flags"], 0) if "flags" in omap else 0,
+        parent_overlap=_overlap(omap["parent"]) if "parent" in omap else 0,
     )
 
 
 def _snapshot(value: bytes) -> SnapshotHeader | None:
     """Decode a cls_rbd_snap; None for snapshots of groups, mirroring and the trash, which no user asked for."""
     version, compatible = value[0], value[1]
-    at = 6 + 8  # the version header, the id
+    at = 6  # the version header
+    snapshot_id, at = _u64(value, at), at + 8
     name, at = _text(value, at)
     size, at = _u64(value, at), at + 8
+    overlap = 0
     if compatible < 8:  # Mimic and before: features, and the parent as a versioned structure
         at += 8
+        overlap = _overlap(value[at:])
         at += 6 + struct.unpack_from("<I", value, at + 2)[0]
-    at += 1 + 8  # protection status, flags
+    at += 1  # protection status
+    flags, at = _u64(value, at), at + 8
     created_ns = 0
     if version >= 5:
         (length,) = struct.unpack_from("<I", value, at + 2)
         (kind,) = struct.unpack_from("<I", value, at + 6)
         if kind != 0:  # SNAPSHOT_NAMESPACE_TYPE_USER
             return None
-        created_ns = _time(value[at + 6 + length :])
-    return SnapshotHeader(name, size, created_ns)
+        at += 6 + length
+        created_ns = _time(value[at:])
+    if compatible >= 8:
+        overlap = _optional(value, at + 8 + 4)  # the time, the count of children
+    return SnapshotHeader(name, snapshot_id, size, created_ns, flags, overlap)
+
+
+def _overlap(value: bytes) -> int:
+    """Of a cls_rbd_parent."""
+    version, at = value[0], 6
+    at += 8  # the pool
+    if version >= 2:
+        _, at = _text(value, at)  # the namespace
+    _, at = _text(value, at)  # the image's id
+    at += 8  # the snapshot's
+    return _optional(value, at) if version >= 2 else _u64(value, at)
+
+
+def _optional(value: bytes, at: int) -> int:
+    """An optional u64, 0 when there is none."""
+    return _u64(value, at + 1) if value[at] else 0
 
 
 def _u64(value: bytes, at: int) -> int:

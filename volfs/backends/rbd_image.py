@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import trio
 
 from volfs.backends import rbd_header
-from volfs.backends.base import BackendVolume, Properties
+from volfs.backends.base import BackendVolume, Extent, Properties
 from volfs.backends.rbd_cluster import Cluster, rados_error
+from volfs.backends.rbd_extents import image_extents
 from volfs.backends.rbd_writes import UnconfirmedWrites
+from volfs.backends.rbd_zeroes import in_parallel, stripe_period, zero_steps
 from volfs.errors import BackendError, VolumeNotFound
 
-ZERO_STEP = 1 << 30  # bytes for which one deadline is enough
 SECTOR = 512  # librbd takes any offset and length; this is the block size its clients show
 
 
@@ -96,16 +97,30 @@ class RbdImage(BackendVolume):
     def expire(self) -> None:
         self._writes.requests.expire(self._cluster.timeout)
 
+    async def extents(self, offset: int, length: int) -> Sequence[Extent]:
+        await self._writes.settle()  # librbd asks the storage, which may not have them yet
+        async with self._refreshing:  # which may close the image, beneath a thread
+            image, ioctx = self._image, self._ioctx
+            with self._requests():
+                return await self._cluster.run(
+                    lambda: image_extents(image, ioctx, self._snapshot, offset, length),
+                    doing=f"{self._url}: extents",
+                )
+
+    async def discard(self, offset: int, length: int) -> None:
+        """As `write_zeroes`: librbd's own discard leaves alone what is not aligned to rbd_discard_granularity_bytes."""
+        await self.write_zeroes(offset, length)
+
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Removes whole objects instead of writing them, so that even terabytes do not take for ever."""
         self._dirty = True
         image = self._image
         await self._writes.settle()
-        for begin in range(offset, offset + length, ZERO_STEP):
-            step = min(ZERO_STEP, offset + length - begin)
-            await self._aio(
-                "write zeroes", lambda done, at=begin, size=step: image.aio_write_zeroes(at, size, done)
-            )
+        period = await self._cluster.run(lambda: stripe_period(image), doing=f"{self._url}: write zeroes")
+        await in_parallel(
+            zero_steps(offset, length, period),
+            lambda at, size: self._aio("write zeroes", lambda done: image.aio_write_zeroes(at, size, done)),
+        )
 
     async def flush(self) -> None:
         await self._flush(self._image)
