@@ -1,4 +1,4 @@
-"""One LUN: what it is, and its bytes in terms of its blocks.
+"""One open LUN: its bytes in terms of its blocks.
 
 A request is split into commands that the target takes; their number under way is the session's matter. What begins or
 ends inside a block is read, changed and written back, alone on the blocks it touches, so that neighbours who write
@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,9 @@ import trio
 
 from volfs.backends import scsi
 from volfs.backends.base import BackendVolume, Properties
+from volfs.backends.iscsi_disk import Disk, capacity, probe
 from volfs.backends.iscsi_session import Request, SenseError, Session
-from volfs.errors import BackendError, BackendTimeout, VolumeNotFound
+from volfs.errors import BackendError, BackendTimeout
 
 if TYPE_CHECKING:
     from volfs.native.libiscsi import Command
@@ -39,134 +40,6 @@ UNFLUSHED_BYTES = 64 * 1024 * 1024  # kept in memory for each volume that is bei
 REPEATED_BYTES = (
     4 * 1024 * 1024
 )  # after which what is repeated is flushed, so that the next break finds less of it
-
-BLOCK_LIMITS, SERIAL_NUMBER, IDENTIFICATION = 0xB0, 0x80, 0x83  # vital product data pages
-CACHING = 0x08  # mode page
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """A LUN that is a disk, as it describes itself."""
-
-    lun: int  # the number that addresses it
-    blocks: int
-    block_size: int
-    max_blocks: int  # in one command
-    mode: scsi.Mode
-    vendor: str
-    product: str
-    serial: str
-    identification: bytes  # the page as it is: what makes it this disk and no other
-    transfers: scsi.Transfers
-
-    @property
-    def size(self) -> int:
-        return self.blocks * self.block_size
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What stays as long as it is the same disk: not its size."""
-        return self.identification, self.serial, self.vendor, self.product, self.block_size
-
-
-async def find_disk(session: Session, number: int) -> Disk:
-    """The disk that a LUN number means. VolumeNotFound when there is none."""
-    lun = number
-    if 0xFF < number < 0x4000:
-        # Arrays address these flat, Linux targets as "bus" and "target" of the peripheral method: only they know.
-        lun = (await list_luns(session)).get(number, number)
-    disk = await probe(session, lun)
-    if disk is None:
-        raise VolumeNotFound(f"{session.name}: LUN {number} is not a disk")
-    return disk
-
-
-async def list_luns(session: Session) -> dict[int, int]:
-    """LUN number -> address. LUN 0 answers for the target, whether it is a device or not (SPC-4 6.33)."""
-    length = 8 + 8 * 255
-    data = await _ask(session, 0, scsi.report_luns(length), length, "REPORT LUNS")
-    needed = 8 + int.from_bytes(data[:4], "big")
-    if needed > length:
-        data = await _ask(session, 0, scsi.report_luns(needed), needed, "REPORT LUNS")
-    return scsi.parse_luns(data)
-
-
-async def probe(session: Session, lun: int, *, setup: bool = False) -> Disk | None:
-    """Ask a LUN for all we want to know; None when it is no disk. VolumeNotFound when there is no such LUN."""
-    ask = partial(_ask, session, lun, setup=setup)
-    inquiry = scsi.parse_inquiry(await ask(scsi.inquiry(96), 96, "INQUIRY"))
-    if not inquiry.connected:
-        raise VolumeNotFound(f"{session.name}: no LUN {lun}")
-    if inquiry.device_type != scsi.DISK:
-        return None
-    blocks, block_size, transfers = await _capacity(session, lun, setup=setup)
-    ask_if_known = partial(_ask_if_known, session, lun, setup=setup)
-    pages = scsi.parse_vpd(await ask_if_known(scsi.inquiry_vpd(0, 255), 255), 0)
-    vpd = {
-        page: scsi.parse_vpd(await ask_if_known(scsi.inquiry_vpd(page, 255), 255), page)
-        for page in (BLOCK_LIMITS, SERIAL_NUMBER, IDENTIFICATION)
-        if page in pages
-    }
-    mode = scsi.parse_mode6(await ask_if_known(scsi.mode_sense6(CACHING, 255), 255))
-    limits = [transfers.max_blocks, max(1, COMMAND_BYTES // block_size)]
-    if limit := scsi.parse_max_transfer(vpd.get(BLOCK_LIMITS, b"")):
-        limits.append(limit)
-    return Disk(
-        lun=lun,
-        blocks=blocks,
-        block_size=block_size,
-        max_blocks=min(limits),
-        mode=mode,
-        vendor=inquiry.vendor,
-        product=inquiry.product,
-        serial=scsi.parse_serial(vpd.get(SERIAL_NUMBER, b"")),
-        identification=vpd.get(IDENTIFICATION, b""),
-        transfers=transfers,
-    )
-
-
-async def _capacity(session: Session, lun: int, *, setup: bool = False) -> tuple[int, int, scsi.Transfers]:
-    ask = partial(_ask, session, lun, setup=setup)
-    try:
-        blocks, block_size = scsi.parse_capacity16(
-            await ask(scsi.read_capacity16(32), 32, "READ CAPACITY(16)")
-        )
-        transfers = scsi.Transfers()
-    except SenseError as exc:
-        if exc.sense_key != scsi.ILLEGAL_REQUEST:
-            raise
-        blocks, block_size = scsi.parse_capacity10(await ask(scsi.read_capacity10(), 8, "READ CAPACITY(10)"))
-        transfers = scsi.Transfers(long=False)
-    if block_size < 512 or block_size & (block_size - 1):
-        raise BackendError(f"{session.name}: LUN {lun}: blocks of {block_size} bytes", errno.EPROTO)
-    return blocks, block_size, transfers
-
-
-async def _ask(
-    session: Session, lun: int, cdb: bytes, length: int, what: str, *, setup: bool = False
-) -> bytes:
-    """The answer to a command that asks for at most `length` bytes."""
-    request = Request(what, setup=setup)
-    answer = bytes(bytearray(length))  # one of its own: it is written into
-    request.commands.append(session.library.Command(lun, cdb, request, into=answer, length=length))
-    try:
-        missing = await session.execute(request)
-    except SenseError as exc:
-        if (exc.sense_key, exc.ascq) == (scsi.ILLEGAL_REQUEST, scsi.LUN_NOT_SUPPORTED):
-            raise VolumeNotFound(f"{session.name}: no LUN {lun}") from exc
-        raise
-    return answer[: length - missing]
-
-
-async def _ask_if_known(session: Session, lun: int, cdb: bytes, length: int, *, setup: bool) -> bytes:
-    """As `_ask`, for what a device need not have, or not tell while it is reserved: nothing then."""
-    try:
-        return await _ask(session, lun, cdb, length, "INQUIRY or MODE SENSE", setup=setup)
-    except BackendError as exc:
-        unknown = isinstance(exc, SenseError) and exc.sense_key == scsi.ILLEGAL_REQUEST
-        if not unknown and exc.errno != errno.EBUSY:
-            raise
-        return b""
 
 
 class _Range:
@@ -215,6 +88,7 @@ class IscsiVolume(BackendVolume):
     def __init__(self, session: Session, disk: Disk, *, writable: bool, timeout: float) -> None:
         self._session = session
         self._disk = disk
+        self._max_blocks = min(disk.max_blocks, max(1, COMMAND_BYTES // disk.block_size))  # in one command
         self._timeout = timeout
         self._ranges = BlockRanges()
         self._flushing = trio.Lock()
@@ -251,7 +125,7 @@ class IscsiVolume(BackendVolume):
 
     async def refresh(self) -> Properties:
         self._session.capacity_changed = False
-        blocks, block_size, _ = await _capacity(self._session, self._disk.lun)
+        blocks, block_size, _ = await capacity(self._session, self._disk.lun)
         if block_size != self._disk.block_size:
             raise BackendError(f"{self._session.name}: its blocks have another size now", errno.ESTALE)
         self._disk = replace(self._disk, blocks=blocks)
@@ -278,8 +152,8 @@ class IscsiVolume(BackendVolume):
         disk, library = self._disk, self._session.library
         request = Request(what, setup=setup)
         data: bytes = library.new_buffer((end - first) * disk.block_size)
-        for block in range(first, end, disk.max_blocks):
-            count = min(disk.max_blocks, end - block)
+        for block in range(first, end, self._max_blocks):
+            count = min(self._max_blocks, end - block)
             command: Command = library.Command(
                 disk.lun,
                 disk.transfers.read(block, count),
@@ -345,8 +219,8 @@ class IscsiVolume(BackendVolume):
         """Add the commands that write whole blocks from `first` on."""
         disk, library = self._disk, self._session.library
         end = first + len(data) // disk.block_size
-        for block in range(first, end, disk.max_blocks):
-            count = min(disk.max_blocks, end - block)
+        for block in range(first, end, self._max_blocks):
+            count = min(self._max_blocks, end - block)
             command: Command = library.Command(
                 disk.lun,
                 disk.transfers.write(block, count),
