@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from volfs.backends import scsi
 from volfs.backends.iscsi_session import Request, SenseError, Session
 from volfs.errors import BackendError, VolumeNotFound
 
-BLOCK_LIMITS, SERIAL_NUMBER, IDENTIFICATION = 0xB0, 0x80, 0x83  # vital product data pages
+# Vital product data pages.
+SERIAL_NUMBER, IDENTIFICATION, BLOCK_LIMITS, BLOCK_PROVISIONING = 0x80, 0x83, 0xB0, 0xB2
 CACHING = 0x08  # mode page
 
 
@@ -28,6 +30,7 @@ class Disk:
     serial: str
     identification: bytes  # the page as it is: what makes it this disk and no other
     transfers: scsi.Transfers
+    provisioning: scsi.Provisioning
 
     @property
     def size(self) -> int:
@@ -69,45 +72,53 @@ async def probe(session: Session, lun: int, *, setup: bool = False) -> Disk | No
         raise VolumeNotFound(f"{session.name}: no LUN {lun}")
     if inquiry.device_type != scsi.DISK:
         return None
-    blocks, block_size, transfers = await capacity(session, lun, setup=setup)
+    described = await capacity(session, lun, setup=setup)
     ask_if_known = partial(_ask_if_known, session, lun, setup=setup)
     pages = scsi.parse_vpd(await ask_if_known(scsi.inquiry_vpd(0, 255), 255), 0)
     vpd = {
         page: scsi.parse_vpd(await ask_if_known(scsi.inquiry_vpd(page, 255), 255), page)
-        for page in (BLOCK_LIMITS, SERIAL_NUMBER, IDENTIFICATION)
+        for page in (SERIAL_NUMBER, IDENTIFICATION, BLOCK_LIMITS, BLOCK_PROVISIONING)
         if page in pages
     }
     mode = scsi.parse_mode6(await ask_if_known(scsi.mode_sense6(CACHING, 255), 255))
-    limit = scsi.parse_max_transfer(vpd.get(BLOCK_LIMITS, b""))
+    limits, most = vpd.get(BLOCK_LIMITS, b""), described.transfers.max_blocks
     return Disk(
         lun=lun,
-        blocks=blocks,
-        block_size=block_size,
-        max_blocks=min(limit or transfers.max_blocks, transfers.max_blocks),
+        blocks=described.blocks,
+        block_size=described.block_size,
+        max_blocks=min(scsi.parse_max_transfer(limits) or most, most),
         mode=mode,
         vendor=inquiry.vendor,
         product=inquiry.product,
         serial=scsi.parse_serial(vpd.get(SERIAL_NUMBER, b"")),
         identification=vpd.get(IDENTIFICATION, b""),
-        transfers=transfers,
+        transfers=described.transfers,
+        provisioning=scsi.parse_provisioning(described.answer, limits, vpd.get(BLOCK_PROVISIONING, b"")),
     )
 
 
-async def capacity(session: Session, lun: int, *, setup: bool = False) -> tuple[int, int, scsi.Transfers]:
+class Capacity(NamedTuple):
+    blocks: int
+    block_size: int
+    transfers: scsi.Transfers
+    answer: bytes  # to READ CAPACITY(16), empty when the device does not know it
+
+
+async def capacity(session: Session, lun: int, *, setup: bool = False) -> Capacity:
     ask = partial(_ask, session, lun, setup=setup)
     try:
-        blocks, block_size = scsi.parse_capacity16(
-            await ask(scsi.read_capacity16(32), 32, "READ CAPACITY(16)")
-        )
+        answer = await ask(scsi.read_capacity16(32), 32, "READ CAPACITY(16)")
+        blocks, block_size = scsi.parse_capacity16(answer)
         transfers = scsi.Transfers()
     except SenseError as exc:
         if exc.sense_key != scsi.ILLEGAL_REQUEST:
             raise
+        answer = b""
         blocks, block_size = scsi.parse_capacity10(await ask(scsi.read_capacity10(), 8, "READ CAPACITY(10)"))
         transfers = scsi.Transfers(long=False)
     if block_size < 512 or block_size & (block_size - 1):
         raise BackendError(f"{session.name}: LUN {lun}: blocks of {block_size} bytes", errno.EPROTO)
-    return blocks, block_size, transfers
+    return Capacity(blocks, block_size, transfers, answer)
 
 
 async def _ask(
