@@ -94,11 +94,12 @@ class Pace:
         self.blocks = self._first
 
     def refused(self, blocks: int) -> bool:
-        """Whether the device may have refused the command for its length: it took shorter ones."""
-        if not 0 < self._taken < blocks:
+        """Whether the device may have refused the command for its length, and takes shorter ones."""
+        known = max(self._taken, self._smallest)
+        if blocks <= known:
             return False
-        self.blocks = self._largest = self._taken
-        self._smallest, self._first = min(self._smallest, self._taken), min(self._first, self._taken)
+        self._largest = known
+        self.blocks, self._first = min(self.blocks, known), min(self._first, known)
         return True
 
 
@@ -159,9 +160,9 @@ class Provisioner:
     def unmap_step(self, first: int, end: int) -> Step | None:
         """What may be unmapped at once, after it has been zeroed, of the blocks from `first` on.
 
-        None where it may not, or need not since zeroing does it.
+        None where there are none, and where it may not, or need not since zeroing does it.
         """
-        if self._may(Way.UNMAPPING) or not self._may(Way.UNMAP):
+        if first >= end or self._may(Way.UNMAPPING) or not self._may(Way.UNMAP):
             return None
         return self._step(Way.UNMAP, first, end)
 
