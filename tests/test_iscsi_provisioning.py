@@ -586,6 +586,28 @@ def test_the_pace_is_kept_below_what_was_refused() -> None:
     assert pace.blocks == 8192
 
 
+async def test_a_write_inside_a_block_does_not_bring_back_what_is_discarded_around_it() -> None:
+    """The discard begins when the write has read the block's old bytes, and has yet to write them back."""
+    disk = ScriptedDisk()
+    disk.fill(noise(4 * BLOCK))
+    has_read = trio.Event()
+
+    def note(call: Call) -> bool:
+        if call.name == "READ":
+            has_read.set()
+        return True
+
+    async with scripted(disk) as volume:
+        disk.after = note
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.pwrite, BLOCK + 100, b"n" * 20)
+            await has_read.wait()
+            await volume.discard(0, 4 * BLOCK)
+        around = disk.content[: BLOCK + 100] + disk.content[BLOCK + 120 : 4 * BLOCK]
+        assert not any(around)
+        assert disk.content[BLOCK + 100 : BLOCK + 120] in (b"n" * 20, bytes(20))
+
+
 # --- durability -----------------------------------------------------------------------------------------------------
 
 
