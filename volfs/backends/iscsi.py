@@ -22,10 +22,11 @@ import trio
 
 from volfs.backends import iscsi_source
 from volfs.backends.base import Backend, Directory, Entry, Source, VolumeInfo
+from volfs.backends.iscsi_disk import Disk, find_disk, list_luns, probe
 from volfs.backends.iscsi_login import Login, discover, log_in
 from volfs.backends.iscsi_session import SenseError, Session
 from volfs.backends.iscsi_source import IscsiSettings, IscsiSource, is_iscsi_name
-from volfs.backends.iscsi_volume import Disk, IscsiVolume, find_disk, list_luns, probe
+from volfs.backends.iscsi_volume import IscsiVolume
 from volfs.errors import BackendError, VolfsError, VolumeNotFound
 
 log = logging.getLogger(__name__)

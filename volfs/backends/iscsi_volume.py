@@ -1,4 +1,4 @@
-"""One LUN: what it is, and its bytes in terms of its blocks.
+"""One open LUN: its bytes in terms of its blocks.
 
 A request is split into commands that the target takes; their number under way is the session's matter. What begins or
 ends inside a block is read, changed and written back, alone on the blocks it touches, so that neighbours who write
@@ -11,6 +11,8 @@ Kernel initiators disregard it, and lose data if it was. To fail the next flush 
 honest, but wrong nearly always. So the volume keeps the writes since the last flush, `UNFLUSHED_BYTES` at most (it
 flushes by itself when there are more), and writes them again, in order, on every new connection and after a reset.
 A flush that returns therefore covers all writes before it, whatever happened in between. NFS clients do the same.
+Blocks that were zeroed (iscsi_provisioning.py says how) are in that list, too, as a range: a write from before must not
+come back over them.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
 from volfs.backends import scsi
-from volfs.backends.base import BackendVolume, Properties
+from volfs.backends.base import ZEROES, BackendVolume, Extent, Properties
+from volfs.backends.iscsi_disk import Disk, capacity, probe
+from volfs.backends.iscsi_provisioning import Provisioner, Step
 from volfs.backends.iscsi_session import Request, SenseError, Session
-from volfs.errors import BackendError, BackendTimeout, VolumeNotFound
+from volfs.errors import BackendError, BackendTimeout
 
 if TYPE_CHECKING:
     from volfs.native.libiscsi import Command
@@ -36,137 +41,22 @@ log = logging.getLogger(__name__)
 
 COMMAND_BYTES = 256 * 1024  # of one command: more in one go is no faster, and less keeps several under way
 UNFLUSHED_BYTES = 64 * 1024 * 1024  # kept in memory for each volume that is being written
-REPEATED_BYTES = (
-    4 * 1024 * 1024
-)  # after which what is repeated is flushed, so that the next break finds less of it
-
-BLOCK_LIMITS, SERIAL_NUMBER, IDENTIFICATION = 0xB0, 0x80, 0x83  # vital product data pages
-CACHING = 0x08  # mode page
+REPEATED_BYTES = 4 * 1024 * 1024  # after which what is repeated is flushed: the next break finds less of it
+ZEROED_BYTES = REPEATED_BYTES  # that zeroing a range counts for among those above, at most: it is one command
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """A LUN that is a disk, as it describes itself."""
+class _Change(NamedTuple):
+    """What was done to the bytes from `offset` on, and may have to be done again."""
 
-    lun: int  # the number that addresses it
-    blocks: int
-    block_size: int
-    max_blocks: int  # in one command
-    mode: scsi.Mode
-    vendor: str
-    product: str
-    serial: str
-    identification: bytes  # the page as it is: what makes it this disk and no other
-    transfers: scsi.Transfers
+    number: int  # in the order they finished
+    offset: int
+    length: int
+    data: bytes | memoryview | None  # None: whole blocks became zeros
 
     @property
-    def size(self) -> int:
-        return self.blocks * self.block_size
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What stays as long as it is the same disk: not its size."""
-        return self.identification, self.serial, self.vendor, self.product, self.block_size
-
-
-async def find_disk(session: Session, number: int) -> Disk:
-    """The disk that a LUN number means. VolumeNotFound when there is none."""
-    lun = number
-    if 0xFF < number < 0x4000:
-        # Arrays address these flat, Linux targets as "bus" and "target" of the peripheral method: only they know.
-        lun = (await list_luns(session)).get(number, number)
-    disk = await probe(session, lun)
-    if disk is None:
-        raise VolumeNotFound(f"{session.name}: LUN {number} is not a disk")
-    return disk
-
-
-async def list_luns(session: Session) -> dict[int, int]:
-    """LUN number -> address. LUN 0 answers for the target, whether it is a device or not (SPC-4 6.33)."""
-    length = 8 + 8 * 255
-    data = await _ask(session, 0, scsi.report_luns(length), length, "REPORT LUNS")
-    needed = 8 + int.from_bytes(data[:4], "big")
-    if needed > length:
-        data = await _ask(session, 0, scsi.report_luns(needed), needed, "REPORT LUNS")
-    return scsi.parse_luns(data)
-
-
-async def probe(session: Session, lun: int, *, setup: bool = False) -> Disk | None:
-    """Ask a LUN for all we want to know; None when it is no disk. VolumeNotFound when there is no such LUN."""
-    ask = partial(_ask, session, lun, setup=setup)
-    inquiry = scsi.parse_inquiry(await ask(scsi.inquiry(96), 96, "INQUIRY"))
-    if not inquiry.connected:
-        raise VolumeNotFound(f"{session.name}: no LUN {lun}")
-    if inquiry.device_type != scsi.DISK:
-        return None
-    blocks, block_size, transfers = await _capacity(session, lun, setup=setup)
-    ask_if_known = partial(_ask_if_known, session, lun, setup=setup)
-    pages = scsi.parse_vpd(await ask_if_known(scsi.inquiry_vpd(0, 255), 255), 0)
-    vpd = {
-        page: scsi.parse_vpd(await ask_if_known(scsi.inquiry_vpd(page, 255), 255), page)
-        for page in (BLOCK_LIMITS, SERIAL_NUMBER, IDENTIFICATION)
-        if page in pages
-    }
-    mode = scsi.parse_mode6(await ask_if_known(scsi.mode_sense6(CACHING, 255), 255))
-    limits = [transfers.max_blocks, max(1, COMMAND_BYTES // block_size)]
-    if limit := scsi.parse_max_transfer(vpd.get(BLOCK_LIMITS, b"")):
-        limits.append(limit)
-    return Disk(
-        lun=lun,
-        blocks=blocks,
-        block_size=block_size,
-        max_blocks=min(limits),
-        mode=mode,
-        vendor=inquiry.vendor,
-        product=inquiry.product,
-        serial=scsi.parse_serial(vpd.get(SERIAL_NUMBER, b"")),
-        identification=vpd.get(IDENTIFICATION, b""),
-        transfers=transfers,
-    )
-
-
-async def _capacity(session: Session, lun: int, *, setup: bool = False) -> tuple[int, int, scsi.Transfers]:
-    ask = partial(_ask, session, lun, setup=setup)
-    try:
-        blocks, block_size = scsi.parse_capacity16(
-            await ask(scsi.read_capacity16(32), 32, "READ CAPACITY(16)")
-        )
-        transfers = scsi.Transfers()
-    except SenseError as exc:
-        if exc.sense_key != scsi.ILLEGAL_REQUEST:
-            raise
-        blocks, block_size = scsi.parse_capacity10(await ask(scsi.read_capacity10(), 8, "READ CAPACITY(10)"))
-        transfers = scsi.Transfers(long=False)
-    if block_size < 512 or block_size & (block_size - 1):
-        raise BackendError(f"{session.name}: LUN {lun}: blocks of {block_size} bytes", errno.EPROTO)
-    return blocks, block_size, transfers
-
-
-async def _ask(
-    session: Session, lun: int, cdb: bytes, length: int, what: str, *, setup: bool = False
-) -> bytes:
-    """The answer to a command that asks for at most `length` bytes."""
-    request = Request(what, setup=setup)
-    answer = bytes(bytearray(length))  # one of its own: it is written into
-    request.commands.append(session.library.Command(lun, cdb, request, into=answer, length=length))
-    try:
-        missing = await session.execute(request)
-    except SenseError as exc:
-        if (exc.sense_key, exc.ascq) == (scsi.ILLEGAL_REQUEST, scsi.LUN_NOT_SUPPORTED):
-            raise VolumeNotFound(f"{session.name}: no LUN {lun}") from exc
-        raise
-    return answer[: length - missing]
-
-
-async def _ask_if_known(session: Session, lun: int, cdb: bytes, length: int, *, setup: bool) -> bytes:
-    """As `_ask`, for what a device need not have, or not tell while it is reserved: nothing then."""
-    try:
-        return await _ask(session, lun, cdb, length, "INQUIRY or MODE SENSE", setup=setup)
-    except BackendError as exc:
-        unknown = isinstance(exc, SenseError) and exc.sense_key == scsi.ILLEGAL_REQUEST
-        if not unknown and exc.errno != errno.EBUSY:
-            raise
-        return b""
+    def cost(self) -> int:
+        """Bytes that it takes up, or stands for."""
+        return self.length if self.data is not None else min(self.length, ZEROED_BYTES)
 
 
 class _Range:
@@ -215,15 +105,16 @@ class IscsiVolume(BackendVolume):
     def __init__(self, session: Session, disk: Disk, *, writable: bool, timeout: float) -> None:
         self._session = session
         self._disk = disk
+        self._max_blocks = min(disk.max_blocks, max(1, COMMAND_BYTES // disk.block_size))  # in one command
         self._timeout = timeout
         self._ranges = BlockRanges()
         self._flushing = trio.Lock()
         self._writes = 0  # finished since the last flush began
-        # Serial number, offset and data of writes, in the order they finished.
-        self._unflushed: deque[tuple[int, int, bytes | memoryview]] = deque()
+        self._unflushed: deque[_Change] = deque()
         self._unflushed_bytes = 0
         self._remembered = 0  # the serial number of the last one
         self._can_flush = True
+        self._provisioner = Provisioner(session, disk, timeout)
         self._closed = False
         self.properties = Properties(disk.size, disk.block_size, writable)
         session.resume = self._resume
@@ -242,8 +133,51 @@ class IscsiVolume(BackendVolume):
         if self._session.capacity_changed:
             await self.refresh()
         await self._write(offset, data, f"write of {len(data)} bytes at {offset}")
-        if self._disk.mode.volatile_cache:
-            await self._remember(offset, data)
+        await self._remember(offset, len(data), data)
+
+    async def extents(self, offset: int, length: int) -> Sequence[Extent]:
+        if self._session.capacity_changed:
+            await self.refresh()
+        block_size = self._disk.block_size
+        first, end = offset // block_size, -(-(offset + length) // block_size)
+        extents = []
+        for run in await self._provisioner.runs(first, end):
+            start, stop = max(offset, run.first * block_size), min(offset + length, run.end * block_size)
+            extents.append(Extent(start, stop - start, run.data))
+        return extents
+
+    async def discard(self, offset: int, length: int) -> None:
+        """As `write_zeroes`, which gives back what the disk unmaps by WRITE SAME.
+
+        Where the disk has UNMAP instead, what holds data is zeroed, and then unmapped: in steps, so that a full disk
+        that allocates what is zeroed gets it back on the way.
+        """
+        block_size, end = self._disk.block_size, offset + length
+        while offset < end:
+            step = self._provisioner.unmap_step(-(-offset // block_size), end // block_size)
+            if step is None:
+                await self.write_zeroes(offset, end - offset)
+                break
+            at, stop = offset, step.end * block_size
+            while at < stop:
+                for extent in await self.extents(at, stop - at):
+                    if extent.data:
+                        await self.write_zeroes(extent.offset, extent.length)
+                    at = extent.end
+            if await self._carry_out(step):
+                offset = stop
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        if self._session.capacity_changed:
+            await self.refresh()
+        block_size, end = self._disk.block_size, offset + length
+        first, last = -(-offset // block_size), end // block_size
+        if first >= last:
+            await super().write_zeroes(offset, length)
+            return
+        await super().write_zeroes(offset, first * block_size - offset)
+        await self._zero_blocks(first, last)
+        await super().write_zeroes(last * block_size, end - last * block_size)
 
     async def flush(self) -> None:
         async with self._flushing:
@@ -251,10 +185,12 @@ class IscsiVolume(BackendVolume):
 
     async def refresh(self) -> Properties:
         self._session.capacity_changed = False
-        blocks, block_size, _ = await _capacity(self._session, self._disk.lun)
+        blocks, block_size, _, answer = await capacity(self._session, self._disk.lun)
         if block_size != self._disk.block_size:
             raise BackendError(f"{self._session.name}: its blocks have another size now", errno.ESTALE)
         self._disk = replace(self._disk, blocks=blocks)
+        promises = replace(self._provisioner.promises, reads_zeros=scsi.parse_reads_zeros(answer))
+        self._provisioner.promises = promises
         self.properties = Properties(self._disk.size, block_size, self.properties.writable)
         return self.properties
 
@@ -278,8 +214,8 @@ class IscsiVolume(BackendVolume):
         disk, library = self._disk, self._session.library
         request = Request(what, setup=setup)
         data: bytes = library.new_buffer((end - first) * disk.block_size)
-        for block in range(first, end, disk.max_blocks):
-            count = min(disk.max_blocks, end - block)
+        for block in range(first, end, self._max_blocks):
+            count = min(self._max_blocks, end - block)
             command: Command = library.Command(
                 disk.lun,
                 disk.transfers.read(block, count),
@@ -345,8 +281,8 @@ class IscsiVolume(BackendVolume):
         """Add the commands that write whole blocks from `first` on."""
         disk, library = self._disk, self._session.library
         end = first + len(data) // disk.block_size
-        for block in range(first, end, disk.max_blocks):
-            count = min(disk.max_blocks, end - block)
+        for block in range(first, end, self._max_blocks):
+            count = min(self._max_blocks, end - block)
             command: Command = library.Command(
                 disk.lun,
                 disk.transfers.write(block, count),
@@ -357,15 +293,54 @@ class IscsiVolume(BackendVolume):
             )
             request.commands.append(command)
 
+    async def _zero_blocks(self, first: int, last: int, *, setup: bool = False) -> None:
+        """Zero blocks [first, last), and remember each step that is done."""
+        block_size = self._disk.block_size
+        while first < last:
+            step = self._provisioner.zero_step(first, last)
+            if step is None:
+                break
+            if await self._carry_out(step, setup=setup):
+                first = step.end
+                if not setup:
+                    await self._remember(step.first * block_size, step.blocks * block_size, None)
+        for offset in range(first * block_size, last * block_size, len(ZEROES)):
+            data = memoryview(ZEROES)[: last * block_size - offset]
+            if setup:
+                await self._write(
+                    offset, data, f"repeated zeroing of {len(data)} bytes at {offset}", setup=True
+                )
+            else:
+                await self.pwrite(offset, data)
+
+    async def _carry_out(self, step: Step, *, setup: bool = False) -> bool:
+        """False when the disk does not take the command, or not so long a one."""
+        block_size = self._disk.block_size
+        what = f"{step.way.value} of {step.blocks * block_size} bytes at {step.first * block_size}"
+        request = Request(what, setup=setup, undivided=True)
+        # As in `_write`: what is read, changed and written back meanwhile would bring a block's old bytes back.
+        blocks = None if setup else await self._ranges.acquire(step.first, step.end, alone=False)
+        try:
+            return await self._provisioner.carry_out(step, request)
+        finally:
+            if blocks is not None:
+                request.when_settled(partial(self._ranges.release, blocks))
+            self._writes += 1
+
     # --- durability ---------------------------------------------------------------------------------------------
 
-    async def _remember(self, offset: int, data: bytes | memoryview) -> None:
-        """Keep a write until the next flush. Bytes cannot change; what else a view shows might, when we return."""
+    async def _remember(self, offset: int, length: int, data: bytes | memoryview | None) -> None:
+        """Keep what was written (None: zeros over whole blocks) until the next flush, if the disk may lose it.
+
+        Bytes cannot change; what else a view shows might, when we return.
+        """
+        if not self._disk.mode.volatile_cache:
+            return
         if isinstance(data, memoryview) and not isinstance(data.obj, bytes):
             data = bytes(data)
         self._remembered += 1
-        self._unflushed.append((self._remembered, offset, data))
-        self._unflushed_bytes += len(data)
+        self._unflushed.append(_Change(self._remembered, offset, length, data))
+        self._unflushed_bytes += self._unflushed[-1].cost
         # While one flush is under way, writers go on, but not for ever.
         if self._unflushed_bytes >= UNFLUSHED_BYTES * (2 if self._flushing.locked() else 1):
             async with self._flushing:
@@ -383,10 +358,9 @@ class IscsiVolume(BackendVolume):
             raise error
 
     def _forget(self, last: int) -> None:
-        """Let go of the writes up to serial number `last`: they are stable."""
-        while self._unflushed and self._unflushed[0][0] <= last:
-            _, _, data = self._unflushed.popleft()
-            self._unflushed_bytes -= len(data)
+        """Let go of the changes up to serial number `last`: they are stable."""
+        while self._unflushed and self._unflushed[0].number <= last:
+            self._unflushed_bytes -= self._unflushed.popleft().cost
 
     async def _synchronize(self, *, setup: bool = False) -> None:
         request = Request("SYNCHRONIZE CACHE", setup=setup)
@@ -407,11 +381,20 @@ class IscsiVolume(BackendVolume):
         disk = await probe(self._session, self._disk.lun, setup=True)
         if disk is None or disk.identity != self._disk.identity:
             raise BackendError(f"{self._session.name}: this is another disk now", errno.ESTALE)
+        self._provisioner.promises = disk.provisioning
         repeated = 0
-        for number, offset, data in list(self._unflushed):
-            await self._write(offset, data, f"repeated write of {len(data)} bytes at {offset}", setup=True)
-            repeated += len(data)
+        for change in list(self._unflushed):
+            await self._repeat(change)
+            repeated += change.cost
             if repeated >= REPEATED_BYTES and self._can_flush:
                 await self._synchronize(setup=True)
-                self._forget(number)
+                self._forget(change.number)
                 repeated = 0
+
+    async def _repeat(self, change: _Change) -> None:
+        offset, length, data = change.offset, change.length, change.data
+        if data is not None:
+            await self._write(offset, data, f"repeated write of {length} bytes at {offset}", setup=True)
+        else:
+            block_size = self._disk.block_size
+            await self._zero_blocks(offset // block_size, (offset + length) // block_size, setup=True)
