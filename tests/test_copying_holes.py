@@ -7,6 +7,7 @@ import errno
 import gzip
 import io
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from services import MIB
 from test_copying import failure
 from volumes import random_bytes
 
-from volfs import copying, extents
+from volfs import copying, endpoint, extents
 from volfs.comparing import compare_volume_data
 from volfs.copying import copy_volume_data
 from volfs.reading import BLOCKS_AHEAD
@@ -247,6 +248,25 @@ def test_zeros_that_are_read_leave_a_hole_of_the_target_alone(tmp_path: Path) ->
     assert (moved, allocated(target)) == (8 * MIB, 8 * MIB)
 
 
+def test_a_copy_tells_how_much_of_it_was_data(tmp_path: Path) -> None:
+    """Into a file that is made, or was longer."""
+    make(tmp_path / "target", 2 * TIB, SCATTERED)
+    source = make(tmp_path / "source", TIB, [(MIB, MIB, 1)])
+    for name in ("new", "target"):
+        done = endpoint.copy(str(source), str(tmp_path / name))
+        assert (done.size, done.data, done.as_dict()["data"]) == (TIB, MIB, MIB)
+        assert re.fullmatch(
+            rf"{source} -> {tmp_path}/{name}: {TIB} bytes copied in \d+\.\d s \(\d+ MB/s\); "
+            rf"{MIB} of them data, the rest holes",
+            str(done),
+        )
+        assert (tmp_path / name).stat().st_size == TIB
+        assert allocated(tmp_path / name) <= 2 * MIB
+        assert str(endpoint.verify(str(source), str(tmp_path / name))).count("identical") == 1
+    full = make(tmp_path / "full", MIB, [(0, MIB, 1)])
+    assert str(endpoint.copy(str(full), str(tmp_path / "copy"))).endswith(" MB/s)")
+
+
 # ---- ways that are refused -------------------------------------------------------------------------------------
 
 
@@ -402,9 +422,10 @@ def test_an_object_with_bytes_of_its_own_is_not_taken_for_its_descriptor(tmp_pat
         sources: list[Any] = [unpacked, inverted, Wrapped(file)]
         for source in sources:
             with open(tmp_path / "target", "w+b") as target:
-                copy_volume_data(source, target, len(data))
+                copy_volume_data(source, target, len(data), verify=True)
                 target.seek(0)
                 assert target.read() == data, source
+                source.seek(0)
 
 
 def test_holes_are_appended_as_zeros(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from typing import IO, Any, NamedTuple
 
 from volfs.identity import local_identity
 
+BUFFERED = (io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
+
 
 class Place(NamedTuple):
     """A byte of an open descriptor from which a copy begins; what is behind it has offsets, and no position."""
@@ -48,7 +50,7 @@ def _bytes_descriptor(file: Any) -> int | None:
     Having one does not suffice: that of a GzipFile leads to other bytes, and an object that wraps a file may count,
     check or encrypt what passes. So the methods must be those of io itself.
     """
-    raw = file.raw if type(file) in (io.BufferedReader, io.BufferedWriter, io.BufferedRandom) else file
+    raw = file.raw if type(file) in BUFFERED else file
     methods = ("read", "readall", "readinto", "write", "seek", "tell", "fileno")
     if not isinstance(raw, io.FileIO) or any(
         getattr(type(raw), it) is not getattr(io.FileIO, it) for it in methods
@@ -139,8 +141,6 @@ def uncached(file: IO[bytes], position: int) -> IO[bytes]:
     if number is not None:
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
     file.seek(position)
-    raw: Any = getattr(file, "raw", None)
-    if not isinstance(raw, io.RawIOBase):
-        return file
+    raw: Any = file.raw if isinstance(file, BUFFERED) else file
     raw.seek(position)
-    return raw  # type: ignore[return-value]
+    return raw  # type: ignore[no-any-return]
