@@ -242,7 +242,7 @@ def copy(
 
     _ceph_environment(conf, id)
     with progress.show("copy", quiet=quiet) as shown:
-        done = [endpoint.copy(source, target, progress=shown)]
+        done: list[endpoint.Summary] = [endpoint.copy(source, target, progress=shown)]
     if verify:
         # Opened anew, so that nothing cached is taken for what the storage has.
         with progress.show("verify", quiet=quiet) as shown:

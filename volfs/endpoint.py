@@ -13,7 +13,9 @@ from typing import IO
 
 from volfs.api import mount_attribute, open_volume, path_error
 from volfs.backends import is_url
-from volfs.copying import compare_volume_data, copy_volume_data, file_size
+from volfs.comparing import compare_volume_data
+from volfs.copying import copy_volume_data
+from volfs.descriptors import file_size
 from volfs.errors import CopyError, MountError, VolfsError
 
 Shown = Callable[[int, int], None]  # bytes done, bytes in all
@@ -21,7 +23,7 @@ Shown = Callable[[int, int], None]  # bytes done, bytes in all
 
 @dataclass(frozen=True)
 class Summary:
-    """What a copy or comparison did. `size` in bytes, `seconds` of wall time."""
+    """What a comparison did. `size` in bytes, `seconds` of wall time."""
 
     source: str
     target: str
@@ -31,11 +33,24 @@ class Summary:
 
     def __str__(self) -> str:
         rate = self.size / max(self.seconds, 1e-6) / 1e6
-        done = "compared: identical" if self.verified else "copied"
-        return f"{self.source} -> {self.target}: {self.size} bytes {done} in {self.seconds:.1f} s ({rate:.0f} MB/s)"
+        took = f"{self.seconds:.1f} s ({rate:.0f} MB/s)"
+        return f"{self.source} -> {self.target}: {self.size} bytes compared: identical in {took}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class CopySummary(Summary):
+    """What a copy did; `data`: as many of the bytes were data, the others holes or zeros."""
+
+    data: int
+
+    def __str__(self) -> str:
+        # Of the data alone: a terabyte of nothing is no feat.
+        rate = self.data / max(self.seconds, 1e-6) / 1e6
+        text = f"{self.source} -> {self.target}: {self.size} bytes copied in {self.seconds:.1f} s ({rate:.0f} MB/s)"
+        return text if self.data == self.size else f"{text}; {self.data} of them data, the rest holes"
 
 
 @dataclass(frozen=True)
@@ -48,17 +63,17 @@ class Endpoint:
     ordinary: bool
 
 
-def copy(source: str, target: str, *, progress: Shown | None = None) -> Summary:
+def copy(source: str, target: str, *, progress: Shown | None = None) -> CopySummary:
     """Copy all of `source` over the beginning of `target`. Errors as copy_volume_data and open_volume."""
     start = time.monotonic()
     with open_endpoint(source) as from_side, open_endpoint(target, writable=True) as to_side:
         size = from_side.size
-        copy_volume_data(from_side.file, to_side.file, size, progress=_with_total(progress, size))
+        data = copy_volume_data(from_side.file, to_side.file, size, progress=_with_total(progress, size))
         if to_side.ordinary:
             # What an older, longer file had behind it is not the volume's.
             os.ftruncate(to_side.file.fileno(), size)
             os.fsync(to_side.file.fileno())
-    return Summary(source, target, size, time.monotonic() - start, verified=False)
+    return CopySummary(source, target, size, time.monotonic() - start, verified=False, data=data)
 
 
 def verify(source: str, target: str, *, progress: Shown | None = None) -> Summary:
