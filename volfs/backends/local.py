@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -39,6 +40,7 @@ _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EBUSY)
 # What one call zeroes at most. Other requests wait meanwhile for the lock of the file or device: where nothing is
 # quicker than writing, a disk of 100 MB/s takes most of a second for this.
 _ZERO_STEP = 64 << 20
+_ZERO_SECONDS = 0.05  # after which no further step begins before a cancellation was looked for
 # In how large pieces zeros are looked for. Chunks of thin pools are as large or larger.
 _LOOK_STEP = 64 << 10
 
@@ -89,11 +91,19 @@ class LocalVolume(BackendVolume):
     ) -> None:
         """Zero the range by the first of `modes` that there is; by `write(offset, length)` where there is none."""
         self._dirty = True
-        unit = self._zero_unit
-        for begin, end in _steps(offset, offset + length, unit):
-            whole = begin % unit == end % unit == 0
-            if not whole or not await self._run(_fallocate, self._fd, modes, begin, end - begin, doing=doing):
-                await write(begin, end - begin)
+        end = offset + length
+        begin = min(end, offset + -offset % self._zero_unit)  # of the whole units
+        stop = max(begin, end - end % self._zero_unit)
+        if offset < begin:
+            await write(offset, begin - offset)
+        while begin < stop:
+            reached = await self._run(_fallocate_some, self._fd, modes, begin, stop, doing=doing)
+            if reached == begin:
+                reached = min(stop, begin + _ZERO_STEP)
+                await write(begin, reached - begin)
+            begin = reached
+        if stop < end:
+            await write(stop, end - stop)
 
     async def _write_needed_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeros by writing, but only where it does not yet.
@@ -207,16 +217,20 @@ def _pwrite_needed_zeroes(fd: int, offset: int, length: int) -> None:
             _pwrite_all(fd, begin, zeroes)
 
 
-def _steps(begin: int, end: int, unit: int) -> Iterator[tuple[int, int]]:
-    """The range in steps of bounded length: multiples of `unit`, with what is no whole unit at either end apart."""
+def _fallocate_some(fd: int, modes: Sequence[int], begin: int, end: int) -> int:
+    """Zero the range from its beginning on; returns how far it came in a short time. `begin`: this cannot be done.
+
+    Many steps in one visit to the thread, since those that find nothing to do are over in microseconds.
+    """
+    until = time.monotonic() + _ZERO_SECONDS
     while begin < end:
-        if begin % unit:
-            stop = min(end, begin - begin % unit + unit)
-        else:
-            stop = min(end, begin + _ZERO_STEP)
-            stop -= stop % unit if stop - begin > unit else 0
-        yield begin, stop
-        begin = stop
+        length = min(_ZERO_STEP, end - begin)
+        if not _fallocate(fd, modes, begin, length):
+            break
+        begin += length
+        if time.monotonic() > until:
+            break
+    return begin
 
 
 def _fallocate(fd: int, modes: Sequence[int], offset: int, length: int) -> bool:
