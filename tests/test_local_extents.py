@@ -207,6 +207,19 @@ async def test_stat_tells_what_a_file_takes_of_the_disk(path: Path) -> None:
                 assert info.allocated == allocated(path)
 
 
+@by_each_zeroing
+async def test_a_file_that_was_only_zeroed_is_made_stable_at_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zeroing: str
+) -> None:
+    """Nothing short of a power failure would show it otherwise, as the page cache has the zeros."""
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd)))
+    async with open_file(sparse_file(tmp_path / "volume")) as volume:
+        await zero(volume, zeroing, 0, SIZE)
+    assert len(synced) == 1
+
+
 @only_on_ext4
 @by_each_zeroing
 async def test_a_file_that_may_not_be_zeroed_tells_why(path: Path, zeroing: str) -> None:
