@@ -6,7 +6,7 @@ The volumes are real ones. What they hold is written and read straight at the st
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import msgspec
@@ -17,7 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mounts import wait_until
 from services import MIB
-from volumes import Storage, StoredVolume, random_bytes, variants
+from volumes import (
+    Storage,
+    StoredVolume,
+    all_extents,
+    assert_holes_are_zero,
+    assert_same,
+    random_bytes,
+    variants,
+)
 
 from volfs.backends import backend_class
 from volfs.backends.base import Backend, BackendVolume, Directory, Properties, Source, VolumeInfo
@@ -111,21 +119,6 @@ async def test_a_write_of_any_range_changes_exactly_its_bytes(
     assert stored.read() == model
 
 
-async def test_a_range_of_zeroes_is_exactly_that(stored: StoredVolume, volume: BackendVolume) -> None:
-    model = bytearray(random_bytes(SIZE))
-    stored.write(bytes(model))
-    await volume.pwrite(0, model[:1000])  # not yet confirmed by the storage, it may be
-    for offset, length in (*EDGES, (500, OBJECT), (0, SIZE)):
-        await volume.write_zeroes(offset, length)
-        model[offset : offset + length] = bytes(length)
-        around = max(0, offset - SECTOR), min(SIZE, offset + length + SECTOR)
-        assert await volume.pread(around[0], around[1] - around[0]) == model[slice(*around)], (
-            f"after {length} zeroes at {offset}"
-        )
-    await volume.flush()
-    assert stored.read() == model
-
-
 async def test_a_write_takes_a_view_of_a_larger_buffer(stored: StoredVolume, volume: BackendVolume) -> None:
     data = random_bytes(3 * MIB)
     await volume.pwrite(OBJECT - MIB, memoryview(data)[5 : 2 * MIB + 5])
@@ -208,6 +201,208 @@ async def test_any_sequence_of_requests_does_what_a_bytearray_does(
                 case "refresh":
                     assert (await volume.refresh()).size == SIZE
     assert stored.read() == model
+
+
+# ---- holes and zeros --------------------------------------------------------------------------------------------
+
+by_each_zeroing = pytest.mark.parametrize("zeroing", ["discard", "write_zeroes"])
+SPOTS = ((0, 1), (SECTOR - 1, 2), (OBJECT - 1, 1), (OBJECT + MIB, 70_000), (SIZE - 1, 1))  # to be written
+
+
+def zero(volume: BackendVolume, zeroing: str, offset: int, length: int) -> Awaitable[None]:
+    """discard or write_zeroes."""
+    call: Callable[[int, int], Awaitable[None]] = getattr(volume, zeroing)
+    return call(offset, length)
+
+
+async def assert_is_data(volume: BackendVolume, offset: int, length: int, when: str) -> None:
+    extents = await all_extents(volume, offset, length)
+    assert all(extent.data for extent in extents), f"{when}: {extents}"
+
+
+@by_each_zeroing
+async def test_a_range_of_zeroes_is_exactly_that(
+    stored: StoredVolume, volume: BackendVolume, zeroing: str
+) -> None:
+    model = bytearray(random_bytes(SIZE))
+    stored.write(bytes(model))
+    await volume.pwrite(0, model[:1000])  # not yet confirmed by the storage, it may be
+    for offset, length in (*EDGES, (500, OBJECT), (0, SIZE)):
+        when = f"after {length} zeroes at {offset}"
+        begin, end = max(0, offset - SECTOR), min(SIZE, offset + length + SECTOR)
+        if not any(model[offset : offset + length]):  # nothing to see any more
+            model[begin:end] = random_bytes(end - begin, seed=offset)
+            await volume.pwrite(begin, model[begin:end])
+        await zero(volume, zeroing, offset, length)
+        model[offset : offset + length] = bytes(length)
+        assert_same(await volume.pread(begin, end - begin), model[begin:end], begin, when)
+        await assert_holes_are_zero(volume, model, begin, end - begin, when)
+    await volume.flush()
+    assert_same(stored.read(), model, 0, "on the storage")
+
+
+@by_each_zeroing
+@pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (OBJECT - 513, MIB + 1026)])
+async def test_closing_makes_stable_what_was_zeroed(
+    stored: StoredVolume, backend: Backend, zeroing: str, offset: int, length: int
+) -> None:
+    model = bytearray(random_bytes(SIZE))
+    stored.write(bytes(model))
+    async with await backend.open(stored.source, writable=True) as volume:
+        await zero(volume, zeroing, offset, length)
+    model[offset : offset + length] = bytes(length)
+    assert_same(stored.read(), model, 0, "on the storage")
+    async with await backend.open(stored.source, writable=False) as volume:
+        assert_same(await read_all(volume), model, 0, "opened again")
+        await assert_holes_are_zero(volume, model, 0, SIZE, "opened again")
+
+
+@by_each_zeroing
+async def test_a_volume_nobody_wrote_to_stays_zero(
+    stored: StoredVolume, volume: BackendVolume, zeroing: str
+) -> None:
+    for offset, length in ((1, SECTOR), (OBJECT - 1, 2), (0, SIZE)):
+        await zero(volume, zeroing, offset, length)
+    assert_same(await read_all(volume), bytes(SIZE), 0, "at once")
+    await volume.flush()
+    assert_same(stored.read(), bytes(SIZE), 0, "on the storage")
+
+
+@by_each_zeroing
+async def test_what_is_written_after_zeroing_is_there(
+    stored: StoredVolume, volume: BackendVolume, zeroing: str
+) -> None:
+    await volume.pwrite(0, random_bytes(SIZE))
+    await zero(volume, zeroing, 0, SIZE)
+    model = bytearray(SIZE)
+    for offset, length in SPOTS:
+        model[offset : offset + length] = data = b"\xaa" * length
+        await volume.pwrite(offset, data)
+        await assert_is_data(volume, offset, length, f"{length} bytes at {offset}")
+    assert_same(await read_all(volume), model, 0, "at once")
+    await volume.flush()
+    assert_same(stored.read(), model, 0, "on the storage")
+    await assert_holes_are_zero(volume, model, 0, SIZE, "flushed")
+
+
+@pytest.mark.parametrize("piece", [1500, 50_021])
+async def test_zeroing_and_writing_at_once_keep_to_their_ranges(
+    stored: StoredVolume, volume: BackendVolume, piece: int
+) -> None:
+    """Neighbours that share sectors, each zeroed, discarded or written, all under way together."""
+    content = random_bytes(SIZE)
+    await volume.pwrite(0, content)
+    begin, end = OBJECT - 30 * piece - 7, OBJECT + 30 * piece + 9
+    model = bytearray(content)
+    async with trio.open_nursery() as nursery:
+        for number, offset in enumerate(range(begin, end, piece)):
+            length = min(piece, end - offset)
+            how = ("discard", "pwrite", "write_zeroes", "pwrite", "")[number % 5]
+            if how == "pwrite":
+                model[offset : offset + length] = data = random_bytes(length, seed=number + 1)
+                nursery.start_soon(volume.pwrite, offset, data)
+            elif how:
+                model[offset : offset + length] = bytes(length)
+                nursery.start_soon(zero, volume, how, offset, length)
+    assert_same(await read_all(volume), model, 0, "at once")
+    await volume.flush()
+    assert_same(stored.read(), model, 0, "on the storage")
+    await assert_holes_are_zero(volume, model, 0, SIZE, "flushed")
+
+
+@by_each_zeroing
+async def test_a_cancelled_zeroing_keeps_to_its_range(
+    stored: StoredVolume, volume: BackendVolume, zeroing: str
+) -> None:
+    """It may be zero or not; what is around it is not touched."""
+    content = random_bytes(SIZE)
+    stored.write(content)
+    begin, end = MIB + 7, 6 * MIB + 9
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(zero, volume, zeroing, begin, end - begin)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    await volume.flush()
+    now = await read_all(volume)
+    assert_same(now[:begin], content[:begin], 0, "before it")
+    assert_same(now[end:], content[end:], end, "behind it")
+    changed = {new for new, old in zip(now[begin:end:97], content[begin:end:97], strict=True) if new != old}
+    assert changed <= {0}
+
+
+@by_each_zeroing
+async def test_zeroing_what_is_open_for_reading_only_fails(
+    stored: StoredVolume, backend: Backend, zeroing: str
+) -> None:
+    content = random_bytes(SIZE)
+    stored.write(content)
+    source = parse_source(stored.protect(), stored.environment)
+    async with await backend.open(source, writable=False) as volume:
+        for offset, length in ((0, SIZE), (1, SECTOR)):
+            with pytest.raises(BackendError) as caught:
+                await zero(volume, zeroing, offset, length)
+            assert caught.value.errno in (errno.EROFS, errno.EBADF), caught.value
+        assert_same(await read_all(volume), content, 0, "afterwards")
+    assert_same(stored.read(), content, 0, "on the storage")
+
+
+async def test_extents_cover_any_range_and_hide_nothing(stored: StoredVolume, backend: Backend) -> None:
+    model = bytearray(SIZE)
+    for seed, (offset, length) in enumerate(SPOTS):
+        model[offset : offset + length] = data = random_bytes(length, seed)
+        stored.write(data, offset)
+    async with await backend.open(stored.source, writable=False) as volume:
+        for offset, length in EDGES:
+            await assert_holes_are_zero(volume, model, offset, length, f"{length} bytes at {offset}")
+        for offset, length in SPOTS:
+            await assert_is_data(volume, offset, length, f"written past volfs at {offset}")
+        assert_same(await read_all(volume), model, 0, "afterwards")
+
+
+async def test_what_was_written_is_data_at_once_and_stays_it(stored: StoredVolume, backend: Backend) -> None:
+    async with await backend.open(stored.source, writable=True) as volume:
+        await all_extents(volume, 0, SIZE)  # whatever it remembers of that is of the past
+        for offset, length in SPOTS:
+            await volume.pwrite(offset, b"\xaa" * length)
+            await assert_is_data(volume, offset, length, f"{length} bytes at {offset}, not flushed")
+        await volume.flush()
+        for offset, length in SPOTS:
+            await assert_is_data(volume, offset, length, f"{length} bytes at {offset}, flushed")
+    async with await backend.open(stored.source, writable=False) as volume:
+        for offset, length in SPOTS:
+            await assert_is_data(volume, offset, length, f"{length} bytes at {offset}, opened again")
+
+
+async def test_a_range_that_becomes_data_and_hole_by_turns_hides_nothing(volume: BackendVolume) -> None:
+    model = bytearray(SIZE)
+    offset, length = OBJECT - 3 * SECTOR, 6 * SECTOR
+    for turn in range(6):
+        data = random_bytes(length, seed=turn)
+        await volume.pwrite(offset, data)
+        model[offset : offset + length] = data
+        await assert_is_data(volume, offset, length, f"turn {turn}")
+        await volume.discard(offset + SECTOR, length - 2 * SECTOR)
+        model[offset + SECTOR : offset + length - SECTOR] = bytes(length - 2 * SECTOR)
+        await assert_holes_are_zero(volume, model, 0, SIZE, f"turn {turn}")
+
+
+async def test_extents_go_along_with_requests(stored: StoredVolume, volume: BackendVolume) -> None:
+    """Half of the pieces are written, and data from then on; the other half discarded; all asked for meanwhile."""
+    piece = 16 * SECTOR
+    stored.write(random_bytes(SIZE))
+
+    async def write(offset: int) -> None:
+        await volume.pwrite(offset, b"\xaa" * piece)
+        await assert_is_data(volume, offset, piece, f"{piece} bytes at {offset}")
+
+    async def discard(offset: int) -> None:
+        await volume.discard(offset, piece)
+        await all_extents(volume, max(0, offset - piece), 3 * piece)
+        assert_same(await volume.pread(offset, piece), bytes(piece), offset, "discarded")
+
+    async with trio.open_nursery() as nursery:
+        for offset in range(0, 32 * piece, piece):
+            nursery.start_soon(discard if offset % (2 * piece) else write, OBJECT - 16 * piece + offset)
 
 
 # ---- stable storage --------------------------------------------------------------------------------------------

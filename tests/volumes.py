@@ -33,7 +33,7 @@ from services import (
 )
 
 from volfs.backends import backend_class
-from volfs.backends.base import Backend, Source
+from volfs.backends.base import Backend, BackendVolume, Extent, Source
 from volfs.source import parse_prefix, parse_source
 
 # Every driver, and iSCSI with both sizes of sectors: (name of the variant, driver, how to make a volume).
@@ -66,6 +66,46 @@ def raises(number: int) -> Iterator[pytest.ExceptionInfo[OSError]]:
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is what tells
         yield caught
     assert errno.errorcode.get(caught.value.errno or 0) == errno.errorcode[number], caught.value
+
+
+def assert_same(found: bytes, expected: bytes | bytearray, offset: int, when: str) -> None:
+    """These bytes, read at `offset`, are the expected ones; a failure tells where they begin and end to differ."""
+    if found == expected:
+        return
+    assert len(found) == len(expected), f"{when}: {len(found)} bytes at {offset}, not {len(expected)}"
+    wrong = [at for at, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other]
+    first, last = wrong[0], wrong[-1]
+    raise AssertionError(
+        f"{when}: {len(wrong)} of {len(found)} bytes at {offset} are wrong, from {offset + first} to {offset + last}:"
+        f" {found[first : first + 16].hex()}..., not {bytes(expected[first : first + 16]).hex()}..."
+    )
+
+
+async def all_extents(volume: BackendVolume, offset: int, length: int) -> list[Extent]:
+    """The extents of the range, asked for until it is covered; each answer keeps to the contract."""
+    found: list[Extent] = []
+    end = offset + length
+    at = offset
+    while at < end:
+        answer = await volume.extents(at, end - at)
+        assert answer, f"no extent at {at} of {offset}+{length}"
+        for extent in answer:
+            assert extent.offset == at, f"gap or overlap at {at}: {answer}"
+            assert extent.length > 0, f"empty extent at {at}: {answer}"
+            at = extent.end
+            assert at <= end, f"beyond {end}: {answer}"
+        found += answer
+    return found
+
+
+async def assert_holes_are_zero(
+    volume: BackendVolume, model: bytes | bytearray, offset: int, length: int, when: str
+) -> None:
+    """No extent of the range hides a byte of the model that is not zero."""
+    for extent in await all_extents(volume, offset, length):
+        if not extent.data:
+            content = bytes(model[extent.offset : extent.end])
+            assert_same(bytes(len(content)), content, extent.offset, f"{when}: hole {extent}")
 
 
 def sha256(data: bytes) -> str:

@@ -22,6 +22,7 @@ from volfs.backends.local import THREADS, LocalVolume, local_errors, normal_path
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 from volfs.identity import local_identity
 
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 BLKSSZGET = 0x1268  # logical block size, linux/fs.h
 
 
@@ -128,7 +129,15 @@ class BlockBackend(Backend):
                 _open_device, source.path, writable, limiter=self._threads
             )
         return LocalVolume(
-            fd, source.url, writable=writable, block_size=block_size, can_resize=False, threads=self._threads
+            fd,
+            source.url,
+            writable=writable,
+            block_size=block_size,
+            # fallocate(2) of a device takes whole blocks. Whole pages here, since older kernels let a write to one
+            # part of a page read in the other part while that is zeroed on the disk, and write its old bytes back.
+            zero_unit=max(block_size, PAGE_SIZE),
+            can_resize=False,
+            threads=self._threads,
         )
 
     def _scan(self) -> Sequence[Entry]:

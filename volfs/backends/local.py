@@ -1,29 +1,52 @@
 """A file descriptor of this machine as an open volume: what the file and block drivers have in common.
 
 Requests run in threads, since Linux has no asynchronous buffered I/O. They carry no deadline: a thread inside the
-kernel cannot be called back, and one that writes must not be left behind unnoticed.
+kernel cannot be called back, and one that writes must not be left behind unnoticed. Long ranges are zeroed in steps
+for the same reason: a cancelled caller waits for one step, not for a terabyte.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
 
-from volfs.backends.base import BackendVolume, Properties
+from volfs.backends.base import ZEROES, BackendVolume, Properties
 from volfs.errors import BackendError, VolfsError, VolumeNotFound
 
 T = TypeVar("T")
 
 THREADS = 16  # requests under way at once for one backend; more only wait for the same disk
 
+# The modes of fallocate(2), linux/falloc.h. Without KEEP_SIZE a file that somebody shortened would grow again.
+_KEEP_SIZE = 0x01
+PUNCH_HOLE = 0x02 | _KEEP_SIZE  # give the space back; the range reads as zeros
+ZERO_RANGE = 0x10 | _KEEP_SIZE  # zeros in the quickest way, as a rule in space that stays allocated
+
+# fallocate(2) with modes, which `os` lacks. The call with 64 in its name has 64-bit offsets everywhere.
+_fallocate64 = ctypes.CDLL(None, use_errno=True).fallocate64
+_fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate64.restype = ctypes.c_int
+# There is no such mode here. On a device also EBUSY: somebody else holds it exclusively (a mounted file system), and
+# the kernel then throws nothing away that its page cache still has to write.
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EBUSY)
+
+# What one call zeroes at most. Other requests wait meanwhile for the lock of the file or device: where nothing is
+# quicker than writing, a disk of 100 MB/s takes most of a second for this.
+_ZERO_STEP = 64 << 20
+_ZERO_SECONDS = 0.05  # after which no further step begins before a cancellation was looked for
+# In how large pieces zeros are looked for. Chunks of thin pools are as large or larger.
+_LOOK_STEP = 64 << 10
+
 
 class LocalVolume(BackendVolume):
-    """An open file or block device. Owns its descriptor."""
+    """An open file or block device. Owns its descriptor. fallocate(2) takes multiples of `zero_unit` bytes."""
 
     def __init__(
         self,
@@ -32,12 +55,14 @@ class LocalVolume(BackendVolume):
         *,
         writable: bool,
         block_size: int,
+        zero_unit: int,
         can_resize: bool,
         threads: trio.CapacityLimiter,
     ) -> None:
         self._fd = fd
         self._name = name
         self._threads = threads
+        self._zero_unit = zero_unit
         self._dirty = False
         self.properties = Properties(_end(fd), block_size, writable, can_resize)
 
@@ -47,6 +72,48 @@ class LocalVolume(BackendVolume):
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
         self._dirty = True
         await self._run(_pwrite_all, self._fd, offset, data, doing="write")
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._zero(offset, length, [PUNCH_HOLE], self._write_needed_zeroes, doing="discard")
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        modes = [ZERO_RANGE, PUNCH_HOLE]  # tmpfs has only the second
+        await self._zero(offset, length, modes, super().write_zeroes, doing="write zeroes")
+
+    async def _zero(
+        self,
+        offset: int,
+        length: int,
+        modes: Sequence[int],
+        write: Callable[[int, int], Awaitable[None]],
+        *,
+        doing: str,
+    ) -> None:
+        """Zero the range by the first of `modes` that there is; by `write(offset, length)` where there is none."""
+        self._dirty = True
+        end = offset + length
+        begin = min(end, offset + -offset % self._zero_unit)  # of the whole units
+        stop = max(begin, end - end % self._zero_unit)
+        if offset < begin:
+            await write(offset, begin - offset)
+        while begin < stop:
+            reached = await self._run(_fallocate_some, self._fd, modes, begin, stop, doing=doing)
+            if reached == begin:
+                reached = min(stop, begin + _ZERO_STEP)
+                await write(begin, reached - begin)
+            begin = reached
+        if stop < end:
+            await write(stop, end - stop)
+
+    async def _write_needed_zeroes(self, offset: int, length: int) -> None:
+        """Make the range read as zeros by writing, but only where it does not yet.
+
+        Zeros written into a hole would take space instead of giving it back: fstrim would fill a thin pool, whose
+        volumes cannot punch holes. They can BLKDISCARD, but that promises nothing of what is read afterwards.
+        """
+        for begin in range(offset, offset + length, len(ZEROES)):
+            piece = min(len(ZEROES), offset + length - begin)
+            await self._run(_pwrite_needed_zeroes, self._fd, begin, piece, doing="discard")
 
     async def flush(self) -> None:
         # fdatasync also makes a new size stable when it is needed to read the data back (fsync(2)).
@@ -141,3 +208,40 @@ def _pwrite_all(fd: int, offset: int, data: bytes | memoryview) -> None:
         written = os.pwrite(fd, rest, offset)
         offset += written
         rest = rest[written:]
+
+
+def _pwrite_needed_zeroes(fd: int, offset: int, length: int) -> None:
+    for begin in range(offset, offset + length, _LOOK_STEP):
+        zeroes = memoryview(ZEROES)[: min(_LOOK_STEP, offset + length - begin)]
+        if _pread_all(fd, begin, len(zeroes)) != zeroes:
+            _pwrite_all(fd, begin, zeroes)
+
+
+def _fallocate_some(fd: int, modes: Sequence[int], begin: int, end: int) -> int:
+    """Zero the range from its beginning on; returns how far it came in a short time. `begin`: this cannot be done.
+
+    Many steps in one visit to the thread, since those that find nothing to do are over in microseconds.
+    """
+    until = time.monotonic() + _ZERO_SECONDS
+    while begin < end:
+        length = min(_ZERO_STEP, end - begin)
+        if not _fallocate(fd, modes, begin, length):
+            break
+        begin += length
+        if time.monotonic() > until:
+            break
+    return begin
+
+
+def _fallocate(fd: int, modes: Sequence[int], offset: int, length: int) -> bool:
+    """Do the first of `modes` that this file or device can; False when it can none. Raises OSError for all else."""
+    for mode in modes:
+        while _fallocate64(fd, mode, offset, length):
+            number = ctypes.get_errno()  # of this thread
+            if number in _CANNOT:
+                break
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+        else:
+            return True
+    return False
