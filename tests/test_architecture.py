@@ -25,6 +25,9 @@ LAYERS = """
     volfs.catalog volfs.daemon volfs.endpoint
     volfs
     volfs.api volfs.copying
+    volfs.comparing
+    volfs.reading
+    volfs.descriptors volfs.extents
     volfs.config volfs.control_server
     volfs.control
     volfs.fuse.session
@@ -51,7 +54,7 @@ LAYERS = """
 # The modules of a driver may know each other (without cycles), but not another driver's.
 DRIVERS = {
     "rbd": "rbd rbd_cluster rbd_extents rbd_header rbd_image rbd_object_map rbd_writes rbd_zeroes",
-    "iscsi": "iscsi iscsi_login iscsi_session iscsi_source iscsi_volume scsi",
+    "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_session iscsi_source iscsi_volume scsi",
     "block": "block",
     "file": "file",
 }
