@@ -76,6 +76,11 @@ class Volume:
         """How many have been made, failed ones too. What was read when there were fewer may be old."""
         return self._written
 
+    @property
+    def dirty(self) -> bool:
+        """Whether something was written that no flush has covered."""
+        return self._flushed < self._written
+
     async def pread(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; less only where the volume ends."""
         length = min(length, self.properties.size - offset)

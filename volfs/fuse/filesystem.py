@@ -349,8 +349,11 @@ class Filesystem(pyfuse3.Operations):
             attributes.st_mode = stat.S_IFREG | (mode & ~0o222 if info.read_only else mode)
             attributes.st_nlink = 1
             attributes.st_size = node.size_told = self._size(node)
-            # 0 for "unknown" would make tar and cp take the volume for one hole.
-            allocated = attributes.st_size if info.allocated is None else info.allocated
+            # 0 for "unknown" would make tar and cp take the volume for one hole. So it is while something is on its way
+            # to the backend, which may not count it yet.
+            volume = self._volumes.get(node.backend, node.info.source)
+            unknown = info.allocated is None or (volume is not None and volume.dirty)
+            allocated = attributes.st_size if unknown or info.allocated is None else info.allocated
             attributes.st_blocks = -(-allocated // BLOCK_UNIT)
             attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = node.mtime_ns
         else:
