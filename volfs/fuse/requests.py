@@ -42,7 +42,10 @@ class Requests:
 
     def start(self, name: str, request: Request, arguments: tuple[object, ...]) -> None:
         """Have the handler of that name answer the request. From any thread."""
-        if self._token is None:  # before `serve`, when nobody but the kernel's handshake asks
+        if trio.lowlevel.in_trio_task():
+            self._spawn(name, request, arguments)
+            return
+        if self._token is None:  # before `serve`
             return
         try:
             self._token.run_sync_soon(self._spawn, name, request, arguments)
@@ -56,6 +59,8 @@ class Requests:
     async def _answer(self, name: str, request: Request, arguments: tuple[object, ...]) -> None:
         try:
             match name:
+                case "read":
+                    request.data(await self._filesystem.read(*arguments))  # type: ignore[arg-type]
                 case "read_failed":
                     request.data(await self._filesystem.read_failed(*arguments))  # type: ignore[arg-type]
                 case "write":

@@ -19,17 +19,20 @@
  * replaces entries of the operation table and calls libfuse's own. Where that does not come about (another libfuse,
  * static linking), pyfuse3 works as without it, and hooked() tells.
  */
+#define _GNU_SOURCE
 #include "fuse_request.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <malloc.h>
+#include <poll.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
+typedef int receive(struct fuse_session *, struct fuse_buf *);
 typedef struct fuse_session *new_session(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
 
 /* Set before the mount and only read by its session, of which pyfuse3 allows one in a process. */
@@ -61,7 +64,7 @@ static void getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t si
 static void read_(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *file)
 {
     if (!request_read(req, file->fh, size, offset))
-        pyfuse3.read(req, ino, size, offset, file);
+        request_start(req, "read", "(KLn)", (unsigned long long)file->fh, (long long)offset, (Py_ssize_t)size);
 }
 
 static void write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *bytes, off_t offset,
@@ -70,13 +73,12 @@ static void write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *bytes,
     const struct fuse_buf *first = &bytes->buf[0];
     /* Of the open file, or of this one write (RWF_DSYNC, RWF_SYNC). */
     int synchronous = file->flags & (O_SYNC | O_DSYNC);
-    int plain = bytes->count == 1 && bytes->idx == 0 && bytes->off == 0 && !(first->flags & FUSE_BUF_IS_FD);
 
-    if (!plain || (!synchronous && !request_write(req, file->fh, first->mem, first->size, offset)))
+    if (first->flags & FUSE_BUF_IS_FD) /* a pipe, of a kernel that splices; then no request was taken in advance */
         pyfuse3.write_buf(req, ino, bytes, offset, file);
-    else if (synchronous)
+    else if (synchronous || !request_write(req, file->fh, first->mem, first->size, offset))
         request_start(req, "write", "(KLy#O)", (unsigned long long)file->fh, (long long)offset,
-                      (const char *)first->mem, (Py_ssize_t)first->size, Py_True);
+                      (const char *)first->mem, (Py_ssize_t)first->size, synchronous ? Py_True : Py_False);
 }
 
 static void lseek_(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *file)
@@ -124,6 +126,48 @@ fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, siz
             ops.write_buf = write_buf;
     }
     return libfuse(args, &ops, sizeof ops, userdata);
+}
+
+/* Whether pyfuse3 has no part in the request that was received. */
+static int ours(const struct fuse_buf *buf)
+{
+    enum { READ = 15, WRITE = 16 }; /* linux/fuse.h */
+    uint32_t opcode;                /* the second word of a request */
+
+    if (!operations || (buf->flags & FUSE_BUF_IS_FD) || buf->size < 2 * sizeof opcode)
+        return 0;
+    memcpy(&opcode, (const char *)buf->mem + sizeof opcode, sizeof opcode);
+    return opcode == READ || opcode == WRITE;
+}
+
+/* Where pyfuse3 receives a request: reads and writes are answered here, one after the other, before it gets one that it
+ * has a part in. It would go through its lock and the event loop for each, which takes longer than most of them.
+ */
+__attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
+{
+    enum { IN_A_ROW = 64 }; /* then the event loop has its turn */
+    /* For the next one of a program that has one under way at a time. Shorter than a round of the event loop. */
+    const struct timespec patience = {0, 50 * 1000};
+    static receive *libfuse;
+    struct pollfd readable = {fuse_session_fd(session), POLLIN, 0};
+    int result;
+
+    if (libfuse == NULL)
+        libfuse = (receive *)dlsym(RTLD_NEXT, "fuse_session_receive_buf");
+    if (libfuse == NULL)
+        return -ENOSYS;
+    for (int i = 0; i < IN_A_ROW; i++) {
+        result = libfuse(session, buf);
+        if (result <= 0 || !ours(buf))
+            return result;
+        fuse_session_process_buf(session, buf);
+        Py_BEGIN_ALLOW_THREADS
+        result = ppoll(&readable, 1, &patience, NULL);
+        Py_END_ALLOW_THREADS
+        if (result <= 0 || fuse_session_exited(session))
+            break;
+    }
+    return -EINTR; /* nothing for pyfuse3; it will wait for more */
 }
 
 /* Requests of 1 MiB come and go by the hundred each second. By default glibc maps each buffer anew and unmaps it, so that
