@@ -37,8 +37,8 @@ LAYERS = """
     volfs.fuse.handles
     volfs.fuse.tree
     volfs.fuse
-    volfs.readahead volfs.rewriting
     volfs.copy_range
+    volfs.readahead volfs.rewriting
     volfs.attached volfs.source volfs.volume
     volfs.known_extents
     volfs.backends.registry

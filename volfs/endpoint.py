@@ -92,9 +92,10 @@ def verify(source: str, target: str, *, progress: Shown | None = None) -> Summar
 def open_endpoint(text: str, *, writable: bool = False) -> Iterator[Endpoint]:
     """Open a side, and close it at the end. An ordinary file that is not there is made when `writable`.
 
-    Nothing is truncated here: a target keeps its content until the first byte is written.
+    Nothing is truncated here: a target keeps its content until the first byte is written. It is opened for writing
+    alone: what reads as well may be mapped, and must be asked for dirty pages each time the mount looks for holes.
     """
-    file = open_volume(text, "r+b" if writable else "rb", 0) if is_url(text) else _open_path(text, writable)
+    file = open_volume(text, "wb" if writable else "rb", 0) if is_url(text) else _open_path(text, writable)
     try:
         ordinary = not is_url(text) and stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not _on_mount(text)
         yield Endpoint(text, file, file_size(file), ordinary)
@@ -104,16 +105,22 @@ def open_endpoint(text: str, *, writable: bool = False) -> Iterator[Endpoint]:
 
 def _open_path(path: str, writable: bool) -> IO[bytes]:
     # O_NONBLOCK: a FIFO would make us wait for its other end; files and block devices ignore it.
-    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_WRONLY | os.O_CREAT if writable else os.O_RDONLY)
     try:
         number = os.open(path, flags, 0o600)
     except OSError as exc:
+        if exc.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads
+            raise _no_file(path) from exc
         raise path_error(path, exc) from exc
     mode = os.fstat(number).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(number)
-        raise VolfsError(f"{path}: expected a file, a volume or a block device", errno.EINVAL)
-    return os.fdopen(number, "r+b" if writable else "rb", 0)
+        raise _no_file(path)
+    return os.fdopen(number, "wb" if writable else "rb", 0)
+
+
+def _no_file(path: str) -> VolfsError:
+    return VolfsError(f"{path}: expected a file, a volume or a block device", errno.EINVAL)
 
 
 def _on_mount(path: str) -> bool:

@@ -30,7 +30,7 @@ PATIENCE = 64  # reads in a row before another attempt, where what was read ahea
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]
 
 
-class _Piece:
+class Piece:
     """Bytes of the volume that are being read, or wait to be asked for."""
 
     def __init__(self, volume: Volume, offset: int, length: int) -> None:
@@ -76,7 +76,7 @@ class ReadAhead:
         self._volume = volume
         self._window = window
         self._spawn = spawn
-        self._pieces: deque[_Piece] = deque()
+        self._pieces: deque[Piece] = deque()
         self._next = -1  # where the stream's next read begins
         self._streak = 0
         self._reading = 0  # requests under way
@@ -118,7 +118,7 @@ class ReadAhead:
             self._streak = min(self._streak, STREAM - PATIENCE)
         return await self._volume.pread(offset, length)
 
-    def _piece(self, offset: int, length: int) -> _Piece | None:
+    def _piece(self, offset: int, length: int) -> Piece | None:
         """The piece that holds these bytes; those before it are done with."""
         while self._pieces and self._pieces[0].end <= offset:
             self._pieces.popleft()
@@ -134,7 +134,7 @@ class ReadAhead:
         size = length * -(-PIECE // length)  # of whole requests, so that none lies across two pieces
         begin = self._pieces[-1].end if self._pieces else self._next
         while begin < self._volume.properties.size and len(self._pieces) < min(PIECES, self._window // size):
-            piece = _Piece(self._volume, begin, min(size, self._volume.properties.size - begin))
+            piece = Piece(self._volume, begin, min(size, self._volume.properties.size - begin))
             self._pieces.append(piece)
             self._spawn(piece.fetch)
             begin = piece.end

@@ -46,5 +46,5 @@ class Rewriting:
 
     async def _zero(self, end: int) -> None:
         if end > self._end:
-            await self._volume.discard(self._end, end - self._end)
+            await self._volume.clear(self._end, end - self._end)
             self._end = end

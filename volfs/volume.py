@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 Key = tuple[Backend, Source]
 
+FRESH_SECONDS = 1.0  # how old what is known of holes may be where data is to go
+
 
 class _Opened:
     """A backend open and the number of requests under way on it. `with opened as volume:` is one request."""
@@ -30,8 +32,11 @@ class _Opened:
         self.volume = volume
         self._requests = 0
         self._idle: trio.Event | None = None
+        self._closed = False
 
     def __enter__(self) -> BackendVolume:
+        if self._closed:  # for who reads ahead, and has not heard of it
+            raise VolfsError("the volume is closed", errno.EBADF)
         self._requests += 1
         return self.volume
 
@@ -46,6 +51,7 @@ class _Opened:
             while self._requests:
                 self._idle = trio.Event()
                 await self._idle.wait()
+            self._closed = True
             await self.volume.aclose()
 
 
@@ -63,6 +69,7 @@ class Volume:
         self.last_failure: VolfsError | None = None
         self._opened = _Opened(volume)
         self._known = KnownExtents()
+        self._known_since = 0.0  # trio's clock, of the oldest of it
         self._writing = Writing()
         self._written = 0  # writes finished
         self._flushed = 0  # of these, how many a flush has covered
@@ -128,28 +135,33 @@ class Volume:
     async def discard(self, offset: int, length: int) -> None:
         """Make the range, which lies within the volume, read as zeros, and give back its space.
 
-        The backend is asked, not what is known here, so that another client's data does not stay.
+        What another client wrote to a hole is left alone if it did so less than `FRESH_SECONDS` before: programs that
+        punch a thousand ranges in a row would pay for a question about each.
         """
+        if trio.current_time() - self._known_since > FRESH_SECONDS:
+            self._known.clear()
+        await self.clear(offset, length)
+
+    async def clear(self, offset: int, length: int) -> None:
+        """As `discard`, where no other client has written since the last open: known holes are left alone."""
         end = offset + length
         while offset < end:
-            with self._writing.question() as spoilt:
-                with self._opened as volume:
-                    extents = await volume.extents(offset, end - offset)
-                for extent in extents:
-                    if extent.data or any(
-                        begin < extent.end and extent.offset < stop for begin, stop in spoilt
-                    ):
-                        with self._change(extent.offset, extent.length) as volume:
-                            await volume.discard(extent.offset, extent.length)
-                    offset = extent.end
+            extent = await self.extent(offset, end - offset)
+            if extent.data:
+                with self._change(offset, extent.length) as volume:
+                    await volume.discard(offset, extent.length)
+            offset = extent.end
 
     async def extent(self, offset: int, length: int) -> Extent:
         """The run of data or hole that begins at `offset`, as far as it is known, and no longer than `length`."""
         known = self._known.at(offset)
         if known is None:
+            asked = trio.current_time()
             with self._writing.question() as spoilt:
                 with self._opened as volume:
                     extents = await volume.extents(offset, self.properties.size - offset)
+                if not self._known:
+                    self._known_since = asked
                 self._known.learn(extents, spoilt)
             known = self._known.at(offset) or Extent(offset, extents[0].length, data=True)
         return Extent(offset, min(length, known.length), known.data)

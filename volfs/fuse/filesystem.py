@@ -32,7 +32,7 @@ from volfs.volume import VolumeTable
 log = logging.getLogger(__name__)
 
 TIMEOUT = 1.0  # seconds the kernel may believe names and attributes; an open asks again in any case
-PREFERRED_IO = 128 * 1024  # st_blksize: the buffer that cp, cat and Python's open() choose
+PREFERRED_IO = 1024 * 1024  # st_blksize: the buffer that cp, cat and Python's open() choose; a request's most
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,11 +318,16 @@ class Filesystem(pyfuse3.Operations):
 
     async def _refresh(self, node: Node) -> None:
         if isinstance(node, VolumeNode):
+            volume = self._volumes.get(node.backend, node.info.source)
+            if volume is not None and volume.dirty:
+                # The kernel asks after each write, to find the end; size and times are known here, and how much is
+                # allocated is not told until a flush.
+                return
             try:
                 await self._tree.refresh(node)
             except VolfsError:
                 # An open file goes on with what is known, as an unlinked one does elsewhere.
-                if self._volumes.get(node.backend, node.info.source) is None:
+                if volume is None:
                     raise
 
     def _size(self, node: VolumeNode) -> int:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 from volfs.backends.base import Backend
-from volfs.copy_range import Interrupted, copy_range
+from volfs.copy_range import DataAhead, Interrupted, copy_range
 from volfs.errors import VolfsError, VolumeNotFound
 from volfs.fuse.tree import VolumeNode
 from volfs.readahead import ReadAhead, Spawn
@@ -36,6 +36,7 @@ class OpenFile:
     pid: int
     failures_seen: int
     ahead: ReadAhead | None  # of an O_DIRECT handle; for others the kernel reads ahead
+    data_ahead: DataAhead  # of copies from it
     untouched: bool = True  # nothing was asked of it yet
     read_to: int = 0  # the end of what was read so far
     rewriting: Rewriting | None = None  # it was opened with O_TRUNC
@@ -128,7 +129,9 @@ class OpenFile:
             if self.rewriting is not None:
                 length = min(length, source.volume.properties.size - source_offset)
                 await self.rewriting.reach(offset, max(length, 0))
-            copied = await copy_range(source.volume, source_offset, self.volume, offset, length, interrupted)
+            copied = await copy_range(
+                source.data_ahead, source_offset, self.volume, offset, length, interrupted
+            )
         finally:
             self.node.changed()
         source.read_to = max(source.read_to, source_offset + copied)
@@ -232,6 +235,7 @@ class OpenFiles:
             pid=_process(thread),
             failures_seen=volume.failures,
             ahead=ReadAhead(volume, self._read_ahead, self._spawn) if flags & os.O_DIRECT else None,
+            data_ahead=DataAhead(volume, self._read_ahead, self._spawn),
         )
         if flags & os.O_TRUNC:
             file.truncate_at_open()
