@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_sparse
 import bench_subjects
 from bench_subjects import PEERS, Volume
 from rich.console import Console
@@ -82,6 +83,8 @@ def main() -> int:
     options = _arguments()
     if missing := bench_subjects.missing_programs():
         return _fail(f"{', '.join(missing)}: not installed (scripts/setup)")
+    if options.sparse:
+        return bench_sparse.run(options.rounds, options.size_mib, options.json, options.check)
     console = Console(width=max(Console().width, 120), highlight=False)
     begin = time.monotonic()
     result: dict[str, Any] = {
@@ -118,6 +121,9 @@ def _arguments() -> argparse.Namespace:
         prog="scripts/bench", description=__doc__.split("\n\n")[0].split(": ")[1]
     )
     parser.add_argument("--quick", action="store_true", help="RBD only, less of everything; under 3 minutes")
+    parser.add_argument(
+        "--sparse", action="store_true", help="instead: copies of a terabyte that is nearly empty, against dd"
+    )
     parser.add_argument(
         "--driver", action="append", choices=list(PEERS), help="only this one; may be repeated"
     )

@@ -357,8 +357,10 @@ class Filesystem(pyfuse3.Operations):
             # 0 for "unknown" would make tar and cp take the volume for one hole. So it is while something is on its way
             # to the backend, which may not count it yet.
             volume = self._volumes.get(node.backend, node.info.source)
-            unknown = info.allocated is None or (volume is not None and volume.dirty)
-            allocated = attributes.st_size if unknown or info.allocated is None else info.allocated
+            dirty = volume is not None and volume.dirty
+            if dirty:
+                attributes.attr_timeout = 0
+            allocated = attributes.st_size if dirty or info.allocated is None else info.allocated
             attributes.st_blocks = -(-allocated // BLOCK_UNIT)
             attributes.st_mtime_ns = attributes.st_ctime_ns = attributes.st_atime_ns = node.mtime_ns
         else:
