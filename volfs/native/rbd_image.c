@@ -369,17 +369,33 @@ static PyObject *get_failure(Image *self, void *unused)
     return PyLong_FromLong(self->state->failure);
 }
 
-static void image_dealloc(Image *self)
+/* Whoever is woken holds the image as a rule: a cycle, which only the garbage collector sees. */
+static int image_traverse(Image *self, visitproc visit, void *arg)
+{
+    Py_VISIT(self->owner);
+    Py_VISIT(self->wake);
+    return 0;
+}
+
+static int image_clear(Image *self)
 {
     if (self->state) {
         pthread_mutex_lock(&self->state->lock);
         self->state->wake = NULL;
         pthread_mutex_unlock(&self->state->lock);
-        leave(self->state);
     }
-    Py_XDECREF(self->owner);
-    Py_XDECREF(self->wake);
-    PyObject_Free(self);
+    Py_CLEAR(self->owner);
+    Py_CLEAR(self->wake);
+    return 0;
+}
+
+static void image_dealloc(Image *self)
+{
+    PyObject_GC_UnTrack(self);
+    image_clear(self);
+    if (self->state)
+        leave(self->state);
+    PyObject_GC_Del(self);
 }
 
 static PyMethodDef image_methods[] = {
@@ -409,7 +425,9 @@ static PyTypeObject image_type = {
     .tp_name = "volfs.native.rbd_image.Image",
     .tp_basicsize = sizeof(Image),
     .tp_dealloc = (destructor)image_dealloc,
-    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .tp_traverse = (traverseproc)image_traverse,
+    .tp_clear = (inquiry)image_clear,
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_HAVE_GC,
     .tp_doc = "Requests on an image that python-rbd opened, and must not close before the last is answered.",
     .tp_methods = image_methods,
     .tp_getset = image_members,
@@ -432,7 +450,7 @@ static PyObject *py_bind(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "python-rbd was loaded before volfs.native.rbd_image");
         return NULL;
     }
-    self = PyObject_New(Image, &image_type);
+    self = PyObject_GC_New(Image, &image_type);
     if (self == NULL)
         return NULL;
     state = calloc(1, sizeof *state);
@@ -441,6 +459,7 @@ static PyObject *py_bind(PyObject *module, PyObject *args)
     self->wake = Py_NewRef(wake);
     self->state = state;
     if (state == NULL) {
+        PyObject_GC_Track(self); /* which dealloc takes back */
         Py_DECREF(self);
         return PyErr_NoMemory();
     }
@@ -449,6 +468,7 @@ static PyObject *py_bind(PyObject *module, PyObject *args)
     state->reads.next = state->reads.previous = &state->reads;
     state->writes.next = state->writes.previous = &state->writes;
     state->wake = wake;
+    PyObject_GC_Track(self);
     return (PyObject *)self;
 }
 
