@@ -59,7 +59,7 @@ async def test_a_read_that_fails_when_the_last_task_has_ended_is_dropped(
 def test_a_request_that_is_taken_back_does_not_stop_the_daemon(
     mount: Callable[..., Mount], volumes: Path
 ) -> None:
-    """The kernel wakes it for a request, and drops that when the program is killed: a read must not wait for another."""
+    """The kernel wakes it for a request that it drops when the program is killed: a read must not wait for another."""
     on = mount(f"file:{volumes}")
     process = on.process.pid
     (descriptor,) = [
