@@ -28,6 +28,8 @@ class Library:
     def __init__(self, wake: Callable[[], None], size: int) -> None:
         self.content = bytearray(size)
         self.under_way: list[tuple[int, bytes]] = []
+        self.numbers: list[int] = []  # of these, in the same order
+        self.begun = 0
         self.reads = 0
         self.failure = 0
         self._wake = wake
@@ -41,14 +43,23 @@ class Library:
     def size(self) -> int:
         return sum(len(data) for _, data in self.under_way)
 
-    def overlaps(self, offset: int, length: int) -> bool:
-        return any(begin < offset + length and offset < begin + len(data) for begin, data in self.under_way)
+    def begin(self, offset: int, data: bytes) -> None:
+        self.under_way.append((offset, data))
+        self.numbers.append(self.begun)
+        self.begun += 1
+
+    def overlaps(self, offset: int, length: int, before: int) -> bool:
+        return any(
+            number < before and begin < offset + length and offset < begin + len(data)
+            for number, (begin, data) in zip(self.numbers, self.under_way, strict=True)
+        )
 
     def wake_at(self, writes: int, size: int) -> None:
         self._wake_at = writes, size
 
     def confirm(self, index: int = 0) -> None:
         offset, data = self.under_way.pop(index)
+        del self.numbers[index]
         self.content[offset : offset + len(data)] = data
         self._answered()
 
@@ -71,7 +82,7 @@ class Bench:
 
     async def write(self, offset: int, data: bytes) -> None:
         await self.writes.room(offset, len(data))
-        self.library.under_way.append((offset, data))
+        self.library.begin(offset, data)
 
 
 async def finishes(call: Callable[..., Any], *args: Any) -> bool:
@@ -173,6 +184,27 @@ async def test_settle_returns_when_all_are_confirmed(bench: Bench) -> None:
         await wait_all_tasks_blocked()
         bench.library.confirm()
     assert bench.library.content[:2] == b"ab"
+
+
+@pytest.mark.parametrize("wait", ["settle", "apart", "room"])
+async def test_nobody_waits_for_what_a_busy_writer_begins_later(bench: Bench, wait: str) -> None:
+    """Who would, waits until the deadline while the storage answers all the time."""
+    returned = trio.Event()
+
+    async def waiter() -> None:
+        await getattr(bench.writes, wait)(*() if wait == "settle" else (0, 30))
+        returned.set()
+
+    await bench.write(0, b"0123456789")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(waiter)
+        await wait_all_tasks_blocked()
+        await bench.write(10, b"0123456789")
+        assert not returned.is_set()
+        bench.library.confirm()
+        await wait_all_tasks_blocked()
+        assert returned.is_set(), "what was begun before has been confirmed"
+        nursery.cancel_scope.cancel()
 
 
 async def test_reads_that_were_started_are_waited_for(bench: Bench) -> None:

@@ -80,10 +80,9 @@ class RbdImage(BackendVolume):
             self._raise_failure(exc.errno or errno.EIO)
 
     def start_read(self, offset: int, length: int, sink: object) -> bool:
-        requests = self._writes.requests
-        if requests.overlaps(offset, length):
+        if self._writes.overlaps(offset, length):
             return False
-        requests.read(offset, length, sink)
+        self._writes.requests.read(offset, length, sink)
         return True
 
     def start_write(self, offset: int, data: memoryview) -> bool:

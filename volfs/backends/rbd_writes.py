@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Bytes that may be unconfirmed: of eight objects, which are on different disks as a rule.
 WINDOW = 32 * 1024 * 1024
 REQUESTS = 128  # writes that may be
+EVERYTHING = 1 << 63  # bytes: no image is longer
 
 
 class UnconfirmedWrites:
@@ -36,8 +37,12 @@ class UnconfirmedWrites:
         self.requests = bind(self._answered)
 
     async def room(self, offset: int, length: int) -> None:
-        """Return when a write may start: nothing unconfirmed overlaps it, which librbd might pass."""
-        while not self._has_room(length, 1) or self.requests.overlaps(offset, length):
+        """Return when a write may start: nothing unconfirmed overlaps it, which librbd might pass.
+
+        Of what was begun before this call. What came later, perhaps to go first, is at the same time for the caller.
+        """
+        begun = self.requests.begun
+        while not self._has_room(length, 1) or self.requests.overlaps(offset, length, begun):
             if not self._has_room(length, 1):
                 # Not for the next one: to wake up for each costs as much as the write.
                 self._crowded += 1
@@ -45,19 +50,30 @@ class UnconfirmedWrites:
                     await self._until(lambda: self._has_room(length, 2), f"{self._name}: write")
                 finally:
                     self._crowded -= 1
-            await self.apart(offset, length)
+            await self._apart(offset, length, begun)
 
     def room_now(self, offset: int, length: int) -> bool:
         """Whether a write may start that does not wait; not before those that do."""
-        return not self._crowded and self._has_room(length, 1) and not self.requests.overlaps(offset, length)
+        return not self._crowded and self._has_room(length, 1) and not self.overlaps(offset, length)
+
+    def overlaps(self, offset: int, length: int) -> bool:
+        """Whether an unconfirmed write does."""
+        return self.requests.overlaps(offset, length, self.requests.begun)
 
     async def apart(self, offset: int, length: int) -> None:
         """Return when a read there sees what was written: librbd does not order it behind a write under way."""
-        await self._wait(lambda: not self.requests.overlaps(offset, length), f"{self._name}: write")
+        await self._apart(offset, length, self.requests.begun)
 
     async def settle(self) -> None:
-        """Return when all have been confirmed, or have failed."""
-        await self._wait(lambda: not self.requests.writes, f"{self._name}: write")
+        """Return when all that were begun by now have been confirmed, or have failed.
+
+        Not those that others begin meanwhile: while a busy writer has always one under way, the wait would not end.
+        """
+        await self._apart(0, EVERYTHING, self.requests.begun)
+
+    async def _apart(self, offset: int, length: int, begun: int) -> None:
+        """Return when no write there is under way, of the first `begun`."""
+        await self._wait(lambda: not self.requests.overlaps(offset, length, begun), f"{self._name}: write")
 
     async def settle_reads(self) -> None:
         """Return when all reads that were started without waiting are answered."""

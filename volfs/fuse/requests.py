@@ -53,8 +53,12 @@ class Requests:
             pass  # the request is answered when it is dropped
 
     def _spawn(self, name: str, request: Request, arguments: tuple[object, ...]) -> None:
-        if self._tasks is not None:
+        if self._tasks is None:
+            return
+        try:
             self._tasks.start_soon(self._answer, name, request, arguments)
+        except RuntimeError:  # its last task has ended, and `serve` has not got to know it yet
+            log.debug("%s: came when the mount ended", name)
 
     async def _answer(self, name: str, request: Request, arguments: tuple[object, ...]) -> None:
         try:

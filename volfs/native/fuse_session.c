@@ -152,12 +152,18 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
     struct pollfd readable = {fuse_session_fd(session), POLLIN, 0};
     int result;
 
-    if (libfuse == NULL)
+    if (libfuse == NULL) {
         libfuse = (receive *)dlsym(RTLD_NEXT, "fuse_session_receive_buf");
-    if (libfuse == NULL)
-        return -ENOSYS;
+        if (libfuse == NULL)
+            return -ENOSYS;
+        /* A request that the loop was woken for is gone when its program was killed meanwhile. The read for it would stop
+         * the whole daemon until the next one comes. */
+        fcntl(readable.fd, F_SETFL, fcntl(readable.fd, F_GETFL) | O_NONBLOCK);
+    }
     for (int i = 0; i < IN_A_ROW; i++) {
         result = libfuse(session, buf);
+        if (result == -EAGAIN)
+            break;
         if (result <= 0 || !ours(buf))
             return result;
         fuse_session_process_buf(session, buf);

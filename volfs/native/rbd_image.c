@@ -37,6 +37,7 @@ __attribute__((visibility("default"))) int rbd_get_stripe_unit(rbd_image_t image
 struct op {
     struct op *previous, *next;
     struct state *state;
+    uint64_t number; /* of a write: how many were begun before it. The ring is in this order. */
     uint64_t offset;
     size_t length;
     struct timespec since;
@@ -49,6 +50,7 @@ struct state {
     atomic_int users;
     pthread_mutex_t lock; /* of all that follows. Never held over a call of Python or librbd. */
     struct op reads, writes; /* the heads of two rings */
+    uint64_t begun; /* writes, so far */
     size_t read_count, write_count, write_bytes;
     int failure;                     /* errno of the first write that failed, until it is told */
     PyObject *wake;                  /* called when somebody waits for what has come; borrowed of the object */
@@ -202,6 +204,7 @@ static PyObject *image_write(Image *self, PyObject *args)
         return NULL;
     }
     pthread_mutex_lock(&state->lock);
+    op->number = state->begun++;
     insert(&state->writes, op);
     state->write_count++;
     state->write_bytes += op->length;
@@ -272,13 +275,14 @@ static PyObject *image_read(Image *self, PyObject *args)
 
 static PyObject *image_overlaps(Image *self, PyObject *args)
 {
-    unsigned long long offset, length;
+    unsigned long long offset, length, before;
+    struct op *ring = &self->state->writes;
     int found = 0;
 
-    if (!PyArg_ParseTuple(args, "KK", &offset, &length))
+    if (!PyArg_ParseTuple(args, "KKK", &offset, &length, &before))
         return NULL;
     pthread_mutex_lock(&self->state->lock);
-    for (struct op *op = self->state->writes.next; op != &self->state->writes && !found; op = op->next)
+    for (struct op *op = ring->next; op != ring && op->number < before && !found; op = op->next)
         found = op->offset < offset + length && offset < op->offset + op->length;
     pthread_mutex_unlock(&self->state->lock);
     return PyBool_FromLong(found);
@@ -350,28 +354,55 @@ static PyObject *get_size(Image *self, void *member)
     return PyLong_FromSize_t(value);
 }
 
+static PyObject *get_begun(Image *self, void *unused)
+{
+    uint64_t begun;
+
+    pthread_mutex_lock(&self->state->lock);
+    begun = self->state->begun;
+    pthread_mutex_unlock(&self->state->lock);
+    return PyLong_FromUnsignedLongLong(begun);
+}
+
 static PyObject *get_failure(Image *self, void *unused)
 {
     return PyLong_FromLong(self->state->failure);
 }
 
-static void image_dealloc(Image *self)
+/* Whoever is woken holds the image as a rule: a cycle, which only the garbage collector sees. */
+static int image_traverse(Image *self, visitproc visit, void *arg)
+{
+    Py_VISIT(self->owner);
+    Py_VISIT(self->wake);
+    return 0;
+}
+
+static int image_clear(Image *self)
 {
     if (self->state) {
         pthread_mutex_lock(&self->state->lock);
         self->state->wake = NULL;
         pthread_mutex_unlock(&self->state->lock);
-        leave(self->state);
     }
-    Py_XDECREF(self->owner);
-    Py_XDECREF(self->wake);
-    PyObject_Free(self);
+    Py_CLEAR(self->owner);
+    Py_CLEAR(self->wake);
+    return 0;
+}
+
+static void image_dealloc(Image *self)
+{
+    PyObject_GC_UnTrack(self);
+    image_clear(self);
+    if (self->state)
+        leave(self->state);
+    PyObject_GC_Del(self);
 }
 
 static PyMethodDef image_methods[] = {
     {"write", (PyCFunction)image_write, METH_VARARGS, "write(offset, data): start one; the data is copied."},
     {"read", (PyCFunction)image_read, METH_VARARGS, "read(offset, length, sink): start one, for the sink."},
-    {"overlaps", (PyCFunction)image_overlaps, METH_VARARGS, "overlaps(offset, length): whether a write there is under way."},
+    {"overlaps", (PyCFunction)image_overlaps, METH_VARARGS,
+     "overlaps(offset, length, before): whether a write there is under way, of the first so many that were begun."},
     {"wake_at", (PyCFunction)image_wake_at, METH_VARARGS,
      "wake_at(writes, bytes): call wake once, after a request that leaves so few writes under way."},
     {"take_failure", (PyCFunction)image_take_failure, METH_NOARGS, "The first failed write's errno; told once. 0: none."},
@@ -383,6 +414,7 @@ static PyMethodDef image_methods[] = {
 static PyGetSetDef image_members[] = {
     {"reads", (getter)get_size, NULL, "under way", (void *)offsetof(struct state, read_count)},
     {"writes", (getter)get_size, NULL, "under way", (void *)offsetof(struct state, write_count)},
+    {"begun", (getter)get_begun, NULL, "How many writes were begun so far.", NULL},
     {"size", (getter)get_size, NULL, "of the writes under way, in bytes", (void *)offsetof(struct state, write_bytes)},
     {"failure", (getter)get_failure, NULL, "The first failed write's errno that was not told. 0: none.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -393,7 +425,9 @@ static PyTypeObject image_type = {
     .tp_name = "volfs.native.rbd_image.Image",
     .tp_basicsize = sizeof(Image),
     .tp_dealloc = (destructor)image_dealloc,
-    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .tp_traverse = (traverseproc)image_traverse,
+    .tp_clear = (inquiry)image_clear,
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_HAVE_GC,
     .tp_doc = "Requests on an image that python-rbd opened, and must not close before the last is answered.",
     .tp_methods = image_methods,
     .tp_getset = image_members,
@@ -416,7 +450,7 @@ static PyObject *py_bind(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "python-rbd was loaded before volfs.native.rbd_image");
         return NULL;
     }
-    self = PyObject_New(Image, &image_type);
+    self = PyObject_GC_New(Image, &image_type);
     if (self == NULL)
         return NULL;
     state = calloc(1, sizeof *state);
@@ -425,6 +459,7 @@ static PyObject *py_bind(PyObject *module, PyObject *args)
     self->wake = Py_NewRef(wake);
     self->state = state;
     if (state == NULL) {
+        PyObject_GC_Track(self); /* which dealloc takes back */
         Py_DECREF(self);
         return PyErr_NoMemory();
     }
@@ -433,6 +468,7 @@ static PyObject *py_bind(PyObject *module, PyObject *args)
     state->reads.next = state->reads.previous = &state->reads;
     state->writes.next = state->writes.previous = &state->writes;
     state->wake = wake;
+    PyObject_GC_Track(self);
     return (PyObject *)self;
 }
 
