@@ -40,7 +40,7 @@ from volfs.extents import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 pytestmark = pytest.mark.timeout(1800)  # a failure is made shorter for some minutes
 
 # The driver of the third volume. RBD and iSCSI move bytes in ways of their own; the others are much the same.
-OTHERS = {"rbd": "file", "iscsi-512": "rbd", "iscsi-4096": "block", "block": "rbd", "file": "block"}
+OTHERS = {"rbd": "file", "iscsi-512": "rbd", "iscsi-4096": "block", "block": "file", "file": "block"}
 TELLS_HOLES = ("rbd", "file")  # whatever the machine is: a volume that is punched out is one hole again
 HANDLES = {
     "buffered": os.O_RDWR,
