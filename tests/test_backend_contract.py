@@ -23,6 +23,7 @@ from volumes import (
     all_extents,
     assert_holes_are_zero,
     assert_same,
+    raises,
     random_bytes,
     variants,
 )
@@ -330,18 +331,26 @@ async def test_a_cancelled_zeroing_keeps_to_its_range(
     assert changed <= {0}
 
 
-@by_each_zeroing
-async def test_zeroing_what_is_open_for_reading_only_fails(
-    stored: StoredVolume, backend: Backend, zeroing: str
+@pytest.mark.parametrize("protected", [False, True], ids=["", "protected"])
+@pytest.mark.parametrize("change", ["pwrite", "start_write", "discard", "write_zeroes"])
+async def test_a_volume_that_is_open_for_reading_only_cannot_be_changed(
+    stored: StoredVolume, backend: Backend, change: str, protected: bool
 ) -> None:
+    """Whether or not the storage would let it."""
     content = random_bytes(SIZE)
     stored.write(content)
-    source = parse_source(stored.protect(), stored.environment)
+    source = parse_source(stored.protect(), stored.environment) if protected else stored.source
     async with await backend.open(source, writable=False) as volume:
-        for offset, length in ((0, SIZE), (1, SECTOR)):
-            with pytest.raises(BackendError) as caught:
-                await zero(volume, zeroing, offset, length)
-            assert caught.value.errno in (errno.EROFS, errno.EBADF), caught.value
+        for offset, length in ((0, SIZE), (1, SECTOR), (SECTOR, SECTOR), (SIZE - 1, 1)):
+            if change == "start_write":
+                assert not volume.start_write(offset, memoryview(bytes(length)))
+                continue
+            with raises(errno.EROFS):
+                if change == "pwrite":
+                    await volume.pwrite(offset, bytes(length))
+                else:
+                    await zero(volume, change, offset, length)
+        await volume.flush()
         assert_same(await read_all(volume), content, 0, "afterwards")
     assert_same(stored.read(), content, 0, "on the storage")
 

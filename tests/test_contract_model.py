@@ -1,29 +1,32 @@
 """Sequences of requests on every driver against a bytearray: what is read, what is a hole, and what the storage has.
 
 Hypothesis makes the sequences and shortens one that fails; each runs on a new volume, so that it fails again alone.
-VOLFS_MODEL_STEPS is the number of steps of the long run on each driver, for more than CI has the time for.
+How many, see models.py; test_mount_model.py does the same a level higher, through the kernel.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import (
+    LENGTHS,
+    LONG_SEQUENCE,
+    LONG_STEPS,
+    OFFSETS,
+    PAGE,
+    SIZE,
+    STARTS,
+    small_objects,
+    start_content,
+)
 from volumes import Storage, StoredVolume, assert_holes_are_zero, assert_same, random_bytes, variants
 
 from volfs.backends.base import Backend, BackendVolume
-
-OBJECT = 64 << 10  # of RBD here, so that a small volume has many
-SIZE = 9 * OBJECT + 4096  # ends inside an object, on a sector
-PAGE = 4096
-LENGTHS = (1, 511, 512, PAGE, PAGE + 1, OBJECT, 2 * OBJECT + 5, SIZE)
-LONG_STEPS = int(os.environ.get("VOLFS_MODEL_STEPS", "2000"))
-LONG_SEQUENCE = 40
 
 pytestmark = pytest.mark.timeout(1800)  # a failure is made shorter for some minutes
 
@@ -42,13 +45,6 @@ class Step(NamedTuple):
     parts: Sequence[Operation] = ()
 
 
-OFFSETS = st.one_of(
-    st.tuples(st.integers(0, SIZE // OBJECT), st.sampled_from([-513, -1, 0, 1, 512, PAGE])).map(
-        lambda it: min(max(0, it[0] * OBJECT + it[1]), SIZE - 1)
-    ),
-    st.integers(0, SIZE // PAGE - 1).map(lambda number: number * PAGE),
-    st.integers(0, SIZE - 1),
-)
 OPERATIONS: tuple[Operation, ...] = ("write", "discard", "write_zeroes")
 ACTIONS = st.sampled_from(
     [*OPERATIONS, *OPERATIONS, "together", "read", "extents", "flush", "refresh", "reopen"]
@@ -59,10 +55,9 @@ STEPS = st.builds(
     ),
     ACTIONS,
     OFFSETS,
-    st.sampled_from(LENGTHS) | st.integers(1, 3 * OBJECT),
+    LENGTHS,
     st.lists(st.sampled_from([*OPERATIONS, "leave"]), min_size=2, max_size=5),
 )
-START = st.sampled_from(["empty", "full", "mixed"])
 
 
 class Model:
@@ -70,11 +65,7 @@ class Model:
 
     def __init__(self, stored: StoredVolume, start: str) -> None:
         self.stored = stored
-        self.content = bytearray(SIZE)
-        if start == "full":
-            self.content[:] = random_bytes(SIZE)
-        elif start == "mixed":
-            self.content[OBJECT + 5 : 3 * OBJECT] = random_bytes(2 * OBJECT - 5)
+        self.content = start_content(start)
         if start != "empty":
             stored.write(bytes(self.content))
 
@@ -158,8 +149,7 @@ class Model:
 def make(request: pytest.FixtureRequest, storage: Storage) -> Callable[[], StoredVolume]:
     """make(): a new volume of zeros, of each driver in turn."""
     _, driver, options = request.param
-    more: dict[str, Any] = {"options": ("--object-size", f"{OBJECT}B")} if driver == "rbd" else {}
-    return lambda: storage.make(driver, SIZE, **options, **more)
+    return lambda: storage.make(driver, SIZE, **options, **small_objects(driver))
 
 
 async def follow(make: Callable[[], StoredVolume], start: str, steps: Sequence[Step]) -> None:
@@ -170,7 +160,7 @@ async def follow(make: Callable[[], StoredVolume], start: str, steps: Sequence[S
         stored.remove()
 
 
-@given(start=START, steps=st.lists(STEPS, max_size=20))
+@given(start=STARTS, steps=st.lists(STEPS, max_size=20))
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_a_short_sequence_does_what_a_bytearray_does(
     make: Callable[[], StoredVolume], start: str, steps: list[Step]
@@ -179,7 +169,7 @@ async def test_a_short_sequence_does_what_a_bytearray_does(
 
 
 @pytest.mark.slow
-@given(start=START, steps=st.lists(STEPS, min_size=LONG_SEQUENCE, max_size=LONG_SEQUENCE))
+@given(start=STARTS, steps=st.lists(STEPS, min_size=LONG_SEQUENCE, max_size=LONG_SEQUENCE))
 @settings(
     max_examples=max(1, LONG_STEPS // LONG_SEQUENCE),
     deadline=None,

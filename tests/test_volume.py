@@ -388,6 +388,23 @@ async def test_a_handle_that_only_reads_flushes_nothing_when_closed(bench: Bench
     await bench.files.release(writer_number)
 
 
+async def test_emptied_is_the_handle_that_is_being_opened_and_not_another_of_its_thread(bench: Bench) -> None:
+    """O_TRUNC comes as a request of its own, which tells the thread and not the handle. Earlier ones may be idle."""
+    info = await bench.backend.stat(bench.source)
+    node = VolumeNode(9, backend=bench.backend, info=info, read_at=0)
+    thread = os.getpid()
+    numbers = [await bench.files.open(node, RDWR, thread) for _ in range(3)]
+    files = [bench.files[number] for number in numbers]
+    other = await bench.files.open(node, RDWR, 1)
+    for expected in reversed(files):
+        found = bench.files.opening(node, thread)
+        assert found is expected
+        found.truncate_at_open()
+    assert bench.files.opening(node, thread) is None
+    for number in [*numbers, other]:
+        await bench.files.release(number)
+
+
 async def test_an_error_of_the_last_close_is_raised_and_the_volume_is_gone(bench: Bench) -> None:
     volume = await bench.open()
     await volume.pwrite(0, b"x")

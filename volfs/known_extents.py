@@ -22,7 +22,9 @@ class Writing:
     def __init__(self) -> None:
         self._under_way: dict[int, tuple[int, int]] = {}
         self._number = 0
-        self._questions: list[list[tuple[int, int]]] = []
+        self._questions: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # by number: equal lists are not the same question
 
     def begin(self, offset: int, length: int) -> int:
         self._number += 1
@@ -35,18 +37,20 @@ class Writing:
 
     def note(self, offset: int, length: int) -> None:
         """A write that is done at once."""
-        for spoilt in self._questions:
+        for spoilt in self._questions.values():
             spoilt.append((offset, offset + length))
 
     @contextmanager
     def question(self) -> Iterator[list[tuple[int, int]]]:
         """Yields the ranges that are not to be believed; complete when the block ends."""
         spoilt = list(self._under_way.values())
-        self._questions.append(spoilt)
+        self._number += 1
+        number = self._number
+        self._questions[number] = spoilt
         try:
             yield spoilt
         finally:
-            self._questions.remove(spoilt)
+            del self._questions[number]
 
 
 class KnownExtents:

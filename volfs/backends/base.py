@@ -128,10 +128,16 @@ class BackendVolume(trio.abc.AsyncResource):
     """One open volume. The caller checks bounds: ranges lie within `properties.size` and are not empty.
 
     The caller also orders: overlapping writes under way together may land in any order, and a `flush` covers the
-    writes that returned before it was called.
+    writes that returned before it was called. On a volume that was not opened for writing, `pwrite`, `discard` and
+    `write_zeroes` are EROFS and change nothing.
     """
 
     properties: Properties
+
+    def check_writable(self, name: str) -> None:
+        """For drivers: EROFS unless the volume, which messages call `name`, was opened for writing."""
+        if not self.properties.writable:
+            raise BackendError(f"{name}: not open for writing", errno.EROFS)
 
     @abc.abstractmethod
     async def pread(self, offset: int, length: int) -> bytes:

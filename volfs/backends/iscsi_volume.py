@@ -130,6 +130,7 @@ class IscsiVolume(BackendVolume):
         return data if len(data) == length else data[start : start + length]
 
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
+        self.check_writable(self._session.name)
         if self._session.capacity_changed:
             await self.refresh()
         await self._write(offset, data, f"write of {len(data)} bytes at {offset}")
@@ -152,6 +153,7 @@ class IscsiVolume(BackendVolume):
         Where the disk has UNMAP instead, what holds data is zeroed, and then unmapped: in steps, so that a full disk
         that allocates what is zeroed gets it back on the way.
         """
+        self.check_writable(self._session.name)
         block_size, end = self._disk.block_size, offset + length
         while offset < end:
             step = self._provisioner.unmap_step(-(-offset // block_size), end // block_size)
@@ -168,6 +170,7 @@ class IscsiVolume(BackendVolume):
                 offset = stop
 
     async def write_zeroes(self, offset: int, length: int) -> None:
+        self.check_writable(self._session.name)
         if self._session.capacity_changed:
             await self.refresh()
         block_size, end = self._disk.block_size, offset + length

@@ -70,6 +70,7 @@ class LocalVolume(BackendVolume):
         return await self._run(_pread_all, self._fd, offset, length, doing="read")
 
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
+        self.check_writable(self._name)
         self._dirty = True
         await self._run(_pwrite_all, self._fd, offset, data, doing="write")
 
@@ -90,6 +91,7 @@ class LocalVolume(BackendVolume):
         doing: str,
     ) -> None:
         """Zero the range by the first of `modes` that there is; by `write(offset, length)` where there is none."""
+        self.check_writable(self._name)
         self._dirty = True
         end = offset + length
         begin = min(end, offset + -offset % self._zero_unit)  # of the whole units

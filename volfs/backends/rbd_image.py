@@ -70,6 +70,7 @@ class RbdImage(BackendVolume):
 
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
         """Returns before the cluster has answered; if that is an error, the next write and the next flush raise it."""
+        self.check_writable(self._url)
         self._dirty = True
         requests = self._writes.requests
         self._raise_failure(requests.failure)
@@ -87,7 +88,7 @@ class RbdImage(BackendVolume):
 
     def start_write(self, offset: int, data: memoryview) -> bool:
         requests = self._writes.requests
-        if requests.failure or not self._writes.room_now(offset, len(data)):
+        if not self._writable or requests.failure or not self._writes.room_now(offset, len(data)):
             return False
         self._dirty = True
         requests.write(offset, data)
@@ -112,6 +113,7 @@ class RbdImage(BackendVolume):
 
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Removes whole objects instead of writing them, so that even terabytes do not take for ever."""
+        self.check_writable(self._url)
         self._dirty = True
         image = self._image
         await self._writes.settle()

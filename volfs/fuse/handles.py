@@ -203,9 +203,16 @@ class OpenFiles:
         ]
 
     def opening(self, node: VolumeNode, thread: int) -> OpenFile | None:
-        """The handle on the volume that a thread is in the middle of opening, as far as can be told."""
+        """The handle on the volume that a thread is in the middle of opening, as far as can be told.
+
+        The last one: those that it opened before may be untouched as well.
+        """
         return next(
-            (it for it in self._files.values() if it.node is node and it.thread == thread and it.untouched),
+            (
+                it
+                for it in reversed(self._files.values())
+                if it.node is node and it.thread == thread and it.untouched
+            ),
             None,
         )
 
