@@ -360,7 +360,7 @@ def test_what_is_skipped_before_a_zeroed_range_is_zero_too_after_o_trunc(
 def test_a_read_only_mount_zeroes_nothing(empty: Disk, tmp_path_factory: pytest.TempPathFactory) -> None:
     content, stored = empty.fill(10), empty.stored
     directory = tmp_path_factory.mktemp("ro")
-    with mounted(directory, [stored.prefix], ["--read-only"], env=stored.environment) as mount:
+    with mounted(directory, [stored.prefix], ["-o", "ro"], env=stored.environment) as mount:
         path = mount.path.joinpath(stored.driver, *stored.place)
         with raises(errno.EROFS):
             os.open(path, os.O_RDWR)
@@ -396,7 +396,9 @@ def test_allocated_space_rises_with_writes_and_falls_with_punches(empty: Disk) -
     settles(lambda space: 2 * OBJECT < space <= 3 * OBJECT, "4 MiB were punched")
     with opened(empty.path, os.O_RDWR) as file:
         punch(file, 0, SIZE)
-    settles(lambda space: space == 0, "all was punched")
+    # librbd empties an object that the volume ends in, and does not remove it.
+    last = OBJECT if isinstance(empty.stored, RbdVolume) else 0
+    settles(lambda space: space <= last, "all was punched")
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------
