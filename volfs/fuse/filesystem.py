@@ -241,15 +241,30 @@ class Filesystem(pyfuse3.Operations):
 
     async def fallocate(self, fh: int, mode: int, off: int, length: int) -> None:
         with _errors("fallocate"):
-            await self._files[fh].allocate(mode, off, length)
+            file = self._files[fh]
+            try:
+                await file.allocate(mode, off, length)
+            except BackendError:
+                await write_back(file.node.inode)  # see copy_file_range
+                raise
 
     async def copy_file_range(
         self, fh_in: int, off_in: int, fh_out: int, off_out: int, length: int, interrupted: Interrupted
     ) -> int:
-        """Both ranges are written back by the kernel before it asks."""
+        """Both ranges are written back by the kernel before it asks.
+
+        It drops from the target's page cache what it is told to be copied, but nothing after an error: behind what is
+        copied without a gap there may be more.
+        """
         with _errors("copy_file_range"):
-            source = self._files[fh_in]
-            return await self._files[fh_out].copy_from(source, off_in, off_out, length, interrupted)
+            source, target = self._files[fh_in], self._files[fh_out]
+            copied = 0
+            try:
+                copied = await target.copy_from(source, off_in, off_out, length, interrupted)
+            finally:
+                if copied < length:
+                    await write_back(target.node.inode)
+            return copied
 
     async def flush(self, fh: int) -> None:
         with _errors("flush"):
@@ -389,7 +404,9 @@ class Filesystem(pyfuse3.Operations):
 
 
 async def write_back(inode: int) -> None:
-    """Have the kernel send what mmap left in its page cache for this file. The main loop must go on meanwhile.
+    """Have the kernel send what mmap left in its page cache for this file, and drop the rest.
+
+    The main loop must go on meanwhile. May be awaited while the kernel waits for an answer about the same file.
 
     Not by syncfs(2): for FUSE the kernel begins to write and does not wait. Dropping a file's cache writes its dirty
     pages first, and returns when that is answered.
