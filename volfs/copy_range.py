@@ -27,7 +27,8 @@ async def copy_range(
     """Copy up to `length` bytes and return how many, from the beginning on, are copied.
 
     That is less at the end of the source or the target, when an error comes behind the first byte, and soon after
-    `interrupted()` holds. Holes become holes. ENOSPC at or past the target's end, EINVAL where the ranges overlap.
+    `interrupted()` holds; EINTR when that is before the first byte. Holes become holes. ENOSPC at or past the target's
+    end, EINVAL where the ranges overlap.
     """
     length = min(length, source.properties.size - source_offset)
     if length <= 0:
@@ -59,7 +60,11 @@ class _Copy:
         offset = begin
         async with trio.open_nursery() as nursery:
             while offset < end and self._failure is None and not self._interrupted():
-                extent = await self._source.extent(offset, end - offset)
+                try:
+                    extent = await self._source.extent(offset, end - offset)
+                except VolfsError as exc:
+                    self._fail(offset, exc)
+                    break
                 if extent.data:
                     length = min(extent.length, PIECE - offset % PIECE)
                     piece = self._copy
@@ -70,6 +75,8 @@ class _Copy:
                 nursery.start_soon(self._run_piece, piece, offset, length)
                 offset += length
         if self._failure is None or self._failed_at is None:
+            if offset == begin:  # a count of 0 would tell the program that the source ends here
+                raise VolfsError(f"{self._target.source.url}: copy: interrupted", errno.EINTR)
             return offset
         if self._failed_at == begin:
             raise self._failure
@@ -80,11 +87,18 @@ class _Copy:
     ) -> None:
         try:
             await piece(offset, length)
-        except VolfsError as exc:  # told when the pieces before it are done: one of them may fail, too
-            if self._failed_at is None or offset < self._failed_at:
-                self._failed_at, self._failure = offset, exc
+        except VolfsError as exc:
+            self._fail(offset, exc)
         finally:
             self._slots.release()
+
+    def _fail(self, offset: int, failure: VolfsError) -> None:
+        """To be told when the pieces before it are done: one of them may fail, too.
+
+        Not raised at once, either: the nursery would wrap it in a group, which has no errno.
+        """
+        if self._failed_at is None or offset < self._failed_at:
+            self._failed_at, self._failure = offset, failure
 
     async def _discard(self, offset: int, length: int) -> None:
         await self._target.discard(offset + self._shift, length)

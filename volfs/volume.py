@@ -132,6 +132,8 @@ class Volume:
         """
         end = offset + length
         while offset < end:
+            if end > self.properties.size:
+                raise VolfsError(f"{self.source.url}: shrunk meanwhile", errno.ENOSPC)
             with self._writing.question() as spoilt:
                 with self._opened as volume:
                     extents = await volume.extents(offset, end - offset)
@@ -144,7 +146,12 @@ class Volume:
                     offset = extent.end
 
     async def extent(self, offset: int, length: int) -> Extent:
-        """The run of data or hole that begins at `offset`, as far as it is known, and no longer than `length`."""
+        """The run of data or hole that begins at `offset`, as far as it is known, and no longer than `length`.
+
+        What is past the end, of a volume that was shrunk meanwhile, is data: who reads it meets the end.
+        """
+        if offset >= self.properties.size:
+            return Extent(offset, length, data=True)
         known = self._known.at(offset)
         if known is None:
             with self._writing.question() as spoilt:
