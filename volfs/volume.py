@@ -124,6 +124,7 @@ class Volume:
         """Make the range, which lies within the volume, read as zeros."""
         with self._change(offset, length) as volume:
             await volume.write_zeroes(offset, length)
+        self._known.forget(offset, length)  # what was known to be data may be a hole now
 
     async def discard(self, offset: int, length: int) -> None:
         """Make the range, which lies within the volume, read as zeros, and give back its space.
@@ -143,6 +144,7 @@ class Volume:
                     ):
                         with self._change(extent.offset, extent.length) as volume:
                             await volume.discard(extent.offset, extent.length)
+                        self._known.forget(extent.offset, extent.length)
                     offset = extent.end
 
     async def extent(self, offset: int, length: int) -> Extent:
@@ -167,7 +169,7 @@ class Volume:
 
     @contextmanager
     def _change(self, offset: int, length: int) -> Iterator[BackendVolume]:
-        """The backend open, to change the range. Known as data meanwhile, and not known afterwards."""
+        """The backend open, to change the range. A hole there, if one was known, is not known any more."""
         self._known.written(offset, length)
         number = self._writing.begin(offset, length)
         try:
