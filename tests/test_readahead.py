@@ -9,6 +9,7 @@ import errno
 
 import pytest
 import trio
+from fakes import MemoryVolume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
@@ -165,6 +166,61 @@ async def test_a_storage_too_slow_for_it_is_not_read_twice_for_long(
     monkeypatch.setattr(f"{__name__}.LATENCY", 2 * FRESH_SECONDS)
     await bench.stream(0, 30 * PIECE, PIECE)
     assert len(bench.memory.reads) <= 30 + PIECES + 1
+
+
+# ---- reads that need no task -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(nursery: trio.Nursery) -> tuple[MemoryVolume, ReadAhead]:
+    """A volume that answers such reads."""
+    memory = MemoryVolume(random_bytes(SIZE), seconds=LATENCY)
+    memory.at_once = True
+    return memory, ReadAhead(Volume(Source(), memory), SIZE, nursery.start_soon)
+
+
+async def test_reads_here_and_there_need_no_task(quick: tuple[MemoryVolume, ReadAhead]) -> None:
+    memory, ahead = quick
+    for offset in (4096, 512, 999_999, 512, SIZE - 5):
+        sink: list[bytes] = []
+        assert ahead.start_read(offset, 512, sink)
+        assert sink == [memory.content[offset : offset + 512]]
+    assert not ahead.start_read(SIZE, 512, [])
+    assert {name for name, *_ in memory.requests} == {"start_read"}
+
+
+async def test_a_read_that_goes_on_from_the_last_or_begins_the_volume_is_left_to_a_task(
+    quick: tuple[MemoryVolume, ReadAhead], autojump_clock: MockClock
+) -> None:
+    _, ahead = quick
+    assert not ahead.start_read(0, 512, [])
+    assert ahead.start_read(4096, 512, [])
+    assert not ahead.start_read(4608, 512, [])
+    await ahead.pread(4608, 512)
+    assert not ahead.start_read(5120, 512, [])
+
+
+async def test_a_stream_is_one_whose_first_read_needed_no_task(
+    quick: tuple[MemoryVolume, ReadAhead], autojump_clock: MockClock
+) -> None:
+    memory, ahead = quick
+    assert ahead.start_read(PIECE, PIECE, [])
+    for offset in range(2 * PIECE, 12 * PIECE, PIECE):
+        assert not ahead.start_read(offset, PIECE, [])
+        assert await ahead.pread(offset, PIECE) == memory.content[offset : offset + PIECE]
+    assert memory.most_under_way > 1
+
+
+async def test_a_read_elsewhere_ends_a_stream_and_nothing_that_was_read_ahead_is_given_out_later(
+    quick: tuple[MemoryVolume, ReadAhead], autojump_clock: MockClock
+) -> None:
+    memory, ahead = quick
+    for offset in range(0, 8 * PIECE, PIECE):
+        await ahead.pread(offset, PIECE)
+    await trio.sleep(LATENCY)
+    assert ahead.start_read(20 * PIECE, 512, [])
+    memory.content[8 * PIECE] ^= 1
+    assert await ahead.pread(8 * PIECE, PIECE) == memory.content[8 * PIECE : 9 * PIECE]
 
 
 LENGTHS = st.sampled_from([1, 512, 4 * KIB, 100 * KIB, PIECE])

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
+from fakes import MemoryVolume
 from faults import FaultyFileBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trio.testing import MockClock
 from volumes import raises, random_bytes
 
 from volfs.backends.file import FileSettings, FileSource
@@ -85,6 +88,73 @@ async def test_zeros_that_fail_fail_the_write_and_are_tried_again(bench: Bench) 
     await rewriting.pwrite(100, b"x")
     await volume.aclose()
     assert bench.path.read_bytes() == bytes(100) + b"x" + bench.content[101:]
+
+
+# ---- without a task, and for other ways to write ----------------------------------------------------------------
+
+
+class Quick:
+    """A full volume in memory, which takes writes without a task, and a handle on it."""
+
+    def __init__(self) -> None:
+        self.content = random_bytes(SIZE)
+        self.memory = MemoryVolume(self.content, seconds=0.01)
+        self.memory.at_once = True
+        self.rewriting = Rewriting(Volume(FileSource(path="/quick"), self.memory))
+
+
+async def test_a_write_that_skips_nothing_needs_no_task(autojump_clock: MockClock) -> None:
+    quick = Quick()
+    assert quick.rewriting.start_write(0, memoryview(b"a" * 100))
+    assert quick.rewriting.start_write(100, memoryview(b"b" * 100))
+    assert quick.rewriting.start_write(50, memoryview(b"back"))
+    await quick.rewriting.pwrite(200, b"c")
+    assert quick.memory.content == b"a" * 50 + b"back" + b"a" * 46 + b"b" * 100 + b"c" + quick.content[201:]
+
+
+async def test_a_write_that_skips_is_left_to_a_task_and_changes_nothing(autojump_clock: MockClock) -> None:
+    quick = Quick()
+    assert not quick.rewriting.start_write(1, memoryview(b"x"))
+    assert quick.memory.content == quick.content
+    await quick.rewriting.pwrite(1, b"x")
+    assert quick.memory.content == b"\0x" + quick.content[2:]
+
+
+async def test_no_write_goes_past_zeros_that_are_on_their_way(autojump_clock: MockClock) -> None:
+    """They would land on it."""
+    quick = Quick()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(quick.rewriting.pwrite, 5000, b"x")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not quick.rewriting.start_write(0, memoryview(b"y"))
+        await quick.rewriting.pwrite(0, b"y")
+    assert quick.memory.content == b"y" + bytes(4999) + b"x" + quick.content[5001:]
+
+
+async def test_a_write_that_the_driver_does_not_take_is_not_counted_as_done(
+    autojump_clock: MockClock,
+) -> None:
+    quick = Quick()
+    quick.memory.at_once = False
+    assert not quick.rewriting.start_write(0, memoryview(b"x" * 100))
+    await quick.rewriting.pwrite(100, b"y")
+    assert quick.memory.content == bytes(100) + b"y" + quick.content[101:]
+
+
+async def test_what_another_call_is_about_to_write_is_reached_by_zeros_and_left_alone(
+    autojump_clock: MockClock,
+) -> None:
+    quick = Quick()
+    await quick.rewriting.reach(1000, 500)
+    assert quick.memory.content == bytes(1000) + quick.content[1000:]
+    await quick.rewriting.reach(1200, 10)
+    await quick.rewriting.reach(SIZE, 10)  # where nothing can be written, nothing is skipped
+    assert quick.memory.content == bytes(1000) + quick.content[1000:]
+    await quick.rewriting.pwrite(2000, b"x")
+    assert (
+        quick.memory.content
+        == bytes(1000) + quick.content[1000:1500] + bytes(500) + b"x" + quick.content[2001:]
+    )
 
 
 @given(

@@ -14,11 +14,14 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from fakes import MemoryVolume
 from faults import FaultyFileBackend
+from trio.testing import MockClock
 from volumes import raises, random_bytes
 
 from volfs.attached import Attachments
 from volfs.backends import DRIVERS, Registration
+from volfs.backends.base import Extent
 from volfs.backends.file import FileSettings, FileSource
 from volfs.backends.registry import Backends
 from volfs.errors import SourceError, VolumeNotFound
@@ -134,6 +137,160 @@ async def test_resize_moves_the_end(bench: Bench, volume: Volume) -> None:
     assert await volume.pread(0, 100) == bench.content[:10]
     with raises(errno.ENOSPC):
         await volume.pwrite(10, b"x")
+
+
+# ---- extents and zeros ------------------------------------------------------------------------------------------
+
+
+class Sparse:
+    """A volume in memory: a hole, data, a hole."""
+
+    def __init__(self) -> None:
+        self.content = bytes(10_000) + random_bytes(10_000) + bytes(10_000)
+        self.memory = MemoryVolume(self.content, seconds=0.01)
+        self.volume = Volume(FileSource(path="/sparse"), self.memory)
+
+    def asked(self, operation: str) -> list[tuple[int, int]]:
+        return [(offset, length) for name, offset, length in self.memory.requests if name == operation]
+
+    async def extents(self) -> list[Extent]:
+        found = [await self.volume.extent(0, 30_000)]
+        while found[-1].end < 30_000:
+            found.append(await self.volume.extent(found[-1].end, 30_000 - found[-1].end))
+        return found
+
+
+@pytest.fixture
+def sparse() -> Sparse:
+    return Sparse()
+
+
+async def test_extents_are_asked_for_once_and_cut_to_the_range(
+    sparse: Sparse, autojump_clock: MockClock
+) -> None:
+    hole, data, rest = Extent(0, 10_000, False), Extent(10_000, 10_000, True), Extent(20_000, 10_000, False)
+    for _ in range(3):
+        assert await sparse.extents() == [hole, data, rest]
+    assert await sparse.volume.extent(5, 7) == Extent(5, 7, False)
+    assert await sparse.volume.extent(19_999, 7) == Extent(19_999, 1, True)
+    assert len(sparse.asked("extents")) == 3
+    sparse.volume.forget_extents()
+    assert await sparse.volume.extent(5, 7) == Extent(5, 7, False)
+    assert len(sparse.asked("extents")) == 4
+
+
+async def test_what_is_past_the_end_of_a_shrunk_volume_is_data(
+    sparse: Sparse, autojump_clock: MockClock
+) -> None:
+    await sparse.volume.resize(5_000)
+    assert await sparse.volume.extent(6_000, 100) == Extent(6_000, 100, True)
+    assert sparse.asked("extents") == []
+    with raises(errno.ENOSPC):
+        await sparse.volume.discard(4_000, 1_001)
+
+
+@pytest.mark.parametrize(
+    ("begin", "seconds"),
+    [(0.0, 0.001), (0.0, 0.03), (0.007, 0.001), (0.007, 0.03), (0.016, 0.001)],
+    ids=["before", "around", "within", "across the end of", "after"],
+)
+@pytest.mark.parametrize("way", ["pwrite", "start_write", "write_zeroes"])
+async def test_what_is_written_is_no_hole_from_when_it_begins(
+    sparse: Sparse, way: str, begin: float, seconds: float, autojump_clock: MockClock
+) -> None:
+    """Begun and ended at these times; a question is under way from 0.005 to 0.015."""
+    memory, volume = sparse.memory, sparse.volume
+    memory.at_once = way == "start_write"
+
+    async def write() -> None:
+        await trio.sleep(begin)
+        memory.latencies.append(seconds)
+        if way == "pwrite":
+            await volume.pwrite(5_000, b"x" * 100)
+        elif way == "write_zeroes":
+            await volume.write_zeroes(5_000, 100)
+        else:
+            memory.latencies.clear()
+            assert volume.start_write(5_000, memoryview(b"x" * 100))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        await trio.sleep(0.005)
+        await volume.extent(5_000, 1)
+        await trio.sleep(0.002)
+        for at in (5_000, 5_099):
+            assert (await volume.extent(at, 1)).data, f"byte {at} at {trio.current_time()}"
+    for at in (5_000, 5_099):
+        assert (await volume.extent(at, 1)).data, f"byte {at} at the end"
+    assert not (await volume.extent(0, 1)).data
+
+
+async def test_two_that_ask_at_once_both_hear_of_a_write(sparse: Sparse, autojump_clock: MockClock) -> None:
+    sparse.memory.at_once = True
+    sparse.memory.latencies.extend([0.03, 0.01])  # the first that asks is answered last, by what it was
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sparse.volume.extent, 0, 30_000)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(sparse.volume.extent, 0, 30_000)
+        await trio.sleep(0.02)
+        assert sparse.volume.start_write(5_000, memoryview(b"x"))
+    assert (await sparse.volume.extent(5_000, 1)).data
+
+
+@pytest.mark.parametrize("way", ["discard", "write_zeroes"])
+async def test_what_was_data_is_asked_for_again_when_it_was_zeroed(
+    sparse: Sparse, way: str, autojump_clock: MockClock
+) -> None:
+    await sparse.extents()
+    zero = sparse.volume.discard if way == "discard" else sparse.volume.write_zeroes
+    await zero(10_000, 10_000)
+    asked = len(sparse.asked("extents"))
+    await sparse.volume.extent(10_000, 10_000)
+    assert len(sparse.asked("extents")) == asked + 1
+    assert (await sparse.volume.extent(10_000, 1)).data == (way == "write_zeroes")
+
+
+async def test_a_discard_leaves_holes_alone_by_what_the_storage_says_now(
+    sparse: Sparse, autojump_clock: MockClock
+) -> None:
+    await sparse.extents()
+    await sparse.volume.discard(5_000, 20_000)
+    assert sparse.asked("discard") == [(10_000, 10_000)]
+    await sparse.memory.pwrite(7_000, b"another client's")
+    await sparse.volume.discard(5_000, 20_000)
+    assert sparse.memory.content == bytes(30_000)
+
+
+async def test_a_discard_that_meets_a_write_under_way_does_not_trust_the_hole(
+    sparse: Sparse, autojump_clock: MockClock
+) -> None:
+    """The write may have landed before the discard began, for all that its writer knows."""
+    sparse.memory.latencies.append(0.001)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sparse.volume.pwrite, 5_000, b"x")
+        await trio.testing.wait_all_tasks_blocked()
+        await sparse.volume.discard(0, 10_000)
+    assert sparse.asked("discard") == [(0, 10_000)]
+    assert sparse.memory.content[:10_000] == bytes(10_000)
+
+
+async def test_what_is_started_is_within_bounds_or_left_to_a_task(sparse: Sparse) -> None:
+    volume, memory = sparse.volume, sparse.memory
+    assert not volume.start_write(0, memoryview(b"x")), "the driver does not take it"
+    assert not volume.dirty
+    memory.at_once = True
+    assert not volume.start_write(0, memoryview(b""))
+    assert not volume.start_write(29_999, memoryview(b"xy"))
+    assert volume.writes == 0
+    assert volume.start_write(29_999, memoryview(b"x"))
+    assert volume.writes == 1
+    assert volume.dirty
+    sink: list[bytes] = []
+    assert volume.start_read(29_990, 4096, sink)
+    assert sink == [bytes(9) + b"x"]
+    assert not volume.start_read(30_000, 1, sink)
+    await volume.flush()
+    assert not volume.dirty
 
 
 # ---- sharing ---------------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ async def copy_range(
     """Copy up to `length` bytes and return how many, from the beginning on, are copied.
 
     That is less at the end of the source or the target, when an error comes behind the first byte, and soon after
-    `interrupted()` holds. Holes become holes. ENOSPC at or past the target's end, EINVAL where the ranges overlap.
+    `interrupted()` holds; EINTR when that is before the first byte. Holes become holes. ENOSPC at or past the target's
+    end, EINVAL where the ranges overlap.
     """
     length = min(length, source.volume.properties.size - source_offset)
     if length <= 0:
@@ -119,7 +120,11 @@ class _Copy:
         offset = begin
         async with trio.open_nursery() as nursery:
             while offset < end and self._failure is None and not self._interrupted():
-                extent = await self._source.volume.extent(offset, end - offset)
+                try:
+                    extent = await self._source.volume.extent(offset, end - offset)
+                except VolfsError as exc:
+                    self._fail(offset, exc)
+                    break
                 if extent.data:
                     length, piece = piece_length(offset, extent.length), self._copy
                 else:
@@ -130,6 +135,8 @@ class _Copy:
             if offset == end:
                 self._source.copied(begin, end)
         if self._failure is None or self._failed_at is None:
+            if offset == begin:  # a count of 0 would tell the program that the source ends here
+                raise VolfsError(f"{self._target.source.url}: copy: interrupted", errno.EINTR)
             return offset
         if self._failed_at == begin:
             raise self._failure
@@ -140,11 +147,18 @@ class _Copy:
     ) -> None:
         try:
             await piece(offset, length)
-        except VolfsError as exc:  # told when the pieces before it are done: one of them may fail, too
-            if self._failed_at is None or offset < self._failed_at:
-                self._failed_at, self._failure = offset, exc
+        except VolfsError as exc:
+            self._fail(offset, exc)
         finally:
             self._slots.release()
+
+    def _fail(self, offset: int, failure: VolfsError) -> None:
+        """To be told when the pieces before it are done: one of them may fail, too.
+
+        Not raised at once, either: the nursery would wrap it in a group, which has no errno.
+        """
+        if self._failed_at is None or offset < self._failed_at:
+            self._failed_at, self._failure = offset, failure
 
     async def _zero(self, offset: int, length: int) -> None:
         await self._target.clear(offset + self._shift, length)

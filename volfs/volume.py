@@ -131,6 +131,7 @@ class Volume:
         """Make the range, which lies within the volume, read as zeros."""
         with self._change(offset, length) as volume:
             await volume.write_zeroes(offset, length)
+        self._known.forget(offset, length)  # what was known to be data may be a hole now
 
     async def discard(self, offset: int, length: int) -> None:
         """Make the range, which lies within the volume, read as zeros, and give back its space.
@@ -146,14 +147,22 @@ class Volume:
         """As `discard`, where no other client has written since the last open: known holes are left alone."""
         end = offset + length
         while offset < end:
+            if end > self.properties.size:
+                raise VolfsError(f"{self.source.url}: shrunk meanwhile", errno.ENOSPC)
             extent = await self.extent(offset, end - offset)
             if extent.data:
                 with self._change(offset, extent.length) as volume:
                     await volume.discard(offset, extent.length)
+                self._known.forget(offset, extent.length)
             offset = extent.end
 
     async def extent(self, offset: int, length: int) -> Extent:
-        """The run of data or hole that begins at `offset`, as far as it is known, and no longer than `length`."""
+        """The run of data or hole that begins at `offset`, as far as it is known, and no longer than `length`.
+
+        What is past the end, of a volume that was shrunk meanwhile, is data: who reads it meets the end.
+        """
+        if offset >= self.properties.size:
+            return Extent(offset, length, data=True)
         known = self._known.at(offset)
         if known is None:
             asked = trio.current_time()
@@ -172,7 +181,7 @@ class Volume:
 
     @contextmanager
     def _change(self, offset: int, length: int) -> Iterator[BackendVolume]:
-        """The backend open, to change the range. Known as data meanwhile, and not known afterwards."""
+        """The backend open, to change the range. A hole there, if one was known, is not known any more."""
         self._known.written(offset, length)
         number = self._writing.begin(offset, length)
         try:
