@@ -117,6 +117,25 @@ def test_data_and_holes_are_told_from_any_offset(empty: Disk) -> None:
 
 
 @slow
+@slow
+@pytest.mark.parametrize(
+    "written", [((70_001, 3),), ((4096, 4096),), ((4095, 2), (12_289, 1)), ((5, 1), (4090, 1))]
+)
+def test_no_hole_begins_or_ends_within_a_block(empty: Disk, written: tuple[tuple[int, int], ...]) -> None:
+    """However finely the storage tells them: QEMU aborts otherwise."""
+    blocks = set()
+    for offset, length in written:
+        empty.stored.write(random_bytes(length, seed=offset), offset)
+        blocks |= {offset // 4096, (offset + length - 1) // 4096}
+    with opened(empty.path, os.O_RDONLY) as file:
+        runs = data_of(file)
+        assert not any(end % 4096 for run in runs for end in run if end != SIZE), runs
+        for block in blocks:
+            for offset in (block * 4096, block * 4096 + 1, block * 4096 + 4095):
+                assert os.lseek(file, offset, os.SEEK_DATA) == offset
+                assert os.lseek(file, offset, os.SEEK_HOLE) % 4096 == SIZE % 4096
+
+
 @pytest.mark.parametrize(
     "flags",
     [os.O_RDWR, os.O_WRONLY, os.O_WRONLY | os.O_DIRECT, os.O_RDWR | os.O_SYNC],

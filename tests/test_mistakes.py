@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 from commands import Run, failed, ran, succeeded
+from disks import opened
 from fakes import fake_daemon
+from holes import BOTH_ZEROINGS, fallocate
 from mounts import VOLFS, Mount, is_mounted, mounted, require_fuse, wait_until
 from services import MIB, skip_or_fail
 from volumes import raises, random_bytes
@@ -581,7 +583,10 @@ def test_without_librbd_and_libiscsi_the_other_drivers_work(
         assert (mount.path / "attached" / "disk").read_bytes() == DATA
 
 
-HELPER = "without the compiled helper fuse_session: at most 12 buffered requests at once"
+HELPER = (
+    "without the compiled helper fuse_session: no holes (all is data, none can be made), no copies inside the daemon,"
+    " at most 12 buffered requests at once"
+)
 
 
 @pytest.mark.slow
@@ -600,6 +605,21 @@ def test_without_the_helper_below_pyfuse3_the_mount_works_and_says_so(
         assert "user.volfs.size" in os.listxattr(path)
         with raises(errno.ENODATA):
             os.getxattr(path, "security.capability")
+        small = path.with_name("small")
+        with opened(path, os.O_RDWR) as file, opened(small, os.O_RDWR) as target:
+            for mode in (0, *BOTH_ZEROINGS.values()):
+                if blocked:  # as the kernel answers for a file system that cannot
+                    with raises(errno.EOPNOTSUPP):
+                        fallocate(file, mode, 0, 100)
+                else:
+                    fallocate(file, mode, 0, 100)
+            assert os.pread(file, 100, 0) == (DATA[::-1][:100] if blocked else bytes(100))
+            assert os.pwrite(file, DATA[::-1], 0) == len(DATA)
+            assert os.lseek(file, 5, os.SEEK_DATA) == 5
+            assert os.lseek(file, 5, os.SEEK_HOLE) == len(DATA)
+            assert os.copy_file_range(file, target, 4096, 1, 0) == 4096
+        assert (files / "small").read_bytes() == DATA[::-1][1:4097]
+        assert (files / "disk").read_bytes() == DATA[::-1]
         assert mount.log.count(HELPER) == blocked, mount.log
 
 

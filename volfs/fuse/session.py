@@ -119,7 +119,10 @@ def tune(path: str, read_ahead: int) -> None:
     except OSError as exc:
         log.debug("%s stays at the kernel's default: %s", limit, exc.strerror)
     if helper is None or not helper.hooked():
-        log.info("without the compiled helper fuse_session: at most 12 buffered requests at once")
+        log.info(
+            "without the compiled helper fuse_session: no holes (all is data, none can be made), no copies inside the"
+            " daemon, at most 12 buffered requests at once"
+        )
 
 
 async def wait_ready(path: str, inside: str) -> None:
