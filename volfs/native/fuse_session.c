@@ -31,6 +31,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 typedef int receive(struct fuse_session *, struct fuse_buf *);
 typedef struct fuse_session *new_session(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
@@ -145,11 +146,13 @@ static int ours(const struct fuse_buf *buf)
  */
 __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
 {
-    enum { IN_A_ROW = 64 }; /* then the event loop has its turn */
+    enum { IN_A_ROW = 64, MILLISECONDS = 5 }; /* then the event loop has its turn */
     /* For the next one of a program that has one under way at a time. Shorter than a round of the event loop. */
     const struct timespec patience = {0, 50 * 1000};
     static receive *libfuse;
     struct pollfd readable = {fuse_session_fd(session), POLLIN, 0};
+    struct timespec begin, now;
+    long spent;
     int result;
 
     if (libfuse == NULL) {
@@ -160,6 +163,7 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
          * the whole daemon until the next one comes. */
         fcntl(readable.fd, F_SETFL, fcntl(readable.fd, F_GETFL) | O_NONBLOCK);
     }
+    clock_gettime(CLOCK_MONOTONIC, &begin);
     for (int i = 0; i < IN_A_ROW; i++) {
         result = libfuse(session, buf);
         if (result == -EAGAIN)
@@ -170,7 +174,9 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
         Py_BEGIN_ALLOW_THREADS
         result = ppoll(&readable, 1, &patience, NULL);
         Py_END_ALLOW_THREADS
-        if (result <= 0 || fuse_session_exited(session))
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        spent = (now.tv_sec - begin.tv_sec) * 1000 + (now.tv_nsec - begin.tv_nsec) / 1000000;
+        if (result <= 0 || spent >= MILLISECONDS || fuse_session_exited(session))
             break;
     }
     return -EINTR; /* nothing for pyfuse3; it will wait for more */
