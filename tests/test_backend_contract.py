@@ -56,7 +56,7 @@ EDGES = (
 )
 
 
-@pytest.fixture(params=variants(quick=("rbd", "file")))
+@pytest.fixture(params=variants(quick=("file",)))
 def make(request: pytest.FixtureRequest, storage: Storage) -> Callable[..., StoredVolume]:
     """make(size, content): a volume of each driver in turn."""
     _, driver, options = request.param

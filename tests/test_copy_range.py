@@ -18,7 +18,7 @@ from volumes import assert_same, raises, random_bytes
 
 from volfs import copy_range as module
 from volfs.backends.file import FileSource
-from volfs.copy_range import PIECES, copy_range
+from volfs.copy_range import PIECES, DataAhead, copy_range
 from volfs.volume import Volume
 
 PIECE = 1000
@@ -42,6 +42,10 @@ class Bench:
         self.other = MemoryVolume(self.before, PIECE, seconds)
         self.source = Volume(FileSource(path="/source"), self.one)
         self.target = Volume(FileSource(path="/target"), self.other)
+        self.ahead = DataAhead(self.source, 0, self._refuse)
+
+    def _refuse(self, task: object) -> None:
+        raise AssertionError("nothing is to be read in advance here")
 
     def made(self, operation: str) -> list[tuple[int, int]]:
         """The requests of the target that changed it, or those of the source that read."""
@@ -66,7 +70,7 @@ def with_holes() -> bytes:
 async def test_as_many_pieces_are_under_way_as_may_be_and_no_more(autojump_clock: MockClock) -> None:
     bench = Bench(random_bytes(SIZE))
     begin = trio.current_time()
-    assert await copy_range(bench.source, 0, bench.target, 0, SIZE) == SIZE
+    assert await copy_range(bench.ahead, 0, bench.target, 0, SIZE) == SIZE
     bench.check(0, 0, SIZE, SIZE)
     assert bench.one.most_under_way <= PIECES + 1  # and one question for extents
     assert bench.other.most_under_way == PIECES
@@ -76,14 +80,14 @@ async def test_as_many_pieces_are_under_way_as_may_be_and_no_more(autojump_clock
 
 async def test_pieces_come_in_order_and_end_where_the_source_s_do(autojump_clock: MockClock) -> None:
     bench = Bench(random_bytes(SIZE))
-    assert await copy_range(bench.source, 1500, bench.target, 20_003, 4000) == 4000
+    assert await copy_range(bench.ahead, 1500, bench.target, 20_003, 4000) == 4000
     bench.check(1500, 20_003, 4000, 4000)
     assert bench.made("pread") == [(1500, 500), (2000, 1000), (3000, 1000), (4000, 1000), (5000, 500)]
 
 
 async def test_holes_become_holes_each_by_one_request(autojump_clock: MockClock) -> None:
     bench = Bench(with_holes())
-    assert await copy_range(bench.source, 0, bench.target, 0, SIZE) == SIZE
+    assert await copy_range(bench.ahead, 0, bench.target, 0, SIZE) == SIZE
     bench.check(0, 0, SIZE, SIZE)
     assert sorted(bench.made("discard")) == [(at * PIECE, 10 * PIECE) for at in (10, 30, 50)]
     assert all(offset // (10 * PIECE) % 2 == 0 for offset, _ in bench.made("pread"))
@@ -91,7 +95,7 @@ async def test_holes_become_holes_each_by_one_request(autojump_clock: MockClock)
 
 async def test_holes_cost_nothing_on_a_blank_target(autojump_clock: MockClock) -> None:
     bench = Bench(with_holes(), blank=True)
-    assert await copy_range(bench.source, 0, bench.target, 0, SIZE) == SIZE
+    assert await copy_range(bench.ahead, 0, bench.target, 0, SIZE) == SIZE
     bench.check(0, 0, SIZE, SIZE)
     assert bench.made("discard") == []
     assert sum(length for _, length in bench.made("pwrite")) == 30 * PIECE + 7
@@ -113,7 +117,7 @@ async def test_a_copy_ends_where_a_volume_ends(
     begin: int, to: int, length: int, copied: int, autojump_clock: MockClock
 ) -> None:
     bench = Bench(random_bytes(SIZE))
-    assert await copy_range(bench.source, begin, bench.target, to, length) == copied
+    assert await copy_range(bench.ahead, begin, bench.target, to, length) == copied
     bench.check(begin, to, copied, copied)
 
 
@@ -121,7 +125,7 @@ async def test_a_copy_ends_where_a_volume_ends(
 async def test_a_copy_past_the_target_s_end_is_enospc(to: int, autojump_clock: MockClock) -> None:
     bench = Bench(random_bytes(SIZE))
     with raises(errno.ENOSPC):
-        await copy_range(bench.source, 0, bench.target, to, 10)
+        await copy_range(bench.ahead, 0, bench.target, to, 10)
 
 
 async def test_ranges_of_one_volume_may_touch_and_not_overlap(autojump_clock: MockClock) -> None:
@@ -129,10 +133,10 @@ async def test_ranges_of_one_volume_may_touch_and_not_overlap(autojump_clock: Mo
     before = bytes(bench.one.content)
     for begin, to in ((0, 9_999), (9_999, 0), (7, 7)):
         with raises(errno.EINVAL):
-            await copy_range(bench.source, begin, bench.source, to, 10_000)
+            await copy_range(bench.ahead, begin, bench.source, to, 10_000)
     assert bench.one.content == before
-    assert await copy_range(bench.source, 0, bench.source, 10_000, 10_000) == 10_000
-    assert await copy_range(bench.source, SIZE - 5, bench.source, SIZE - 10, 10_000) == 5  # as long as it is
+    assert await copy_range(bench.ahead, 0, bench.source, 10_000, 10_000) == 10_000
+    assert await copy_range(bench.ahead, SIZE - 5, bench.source, SIZE - 10, 10_000) == 5  # as long as it is
     assert bench.one.content == before[:10_000] * 2 + before[20_000:-10] + before[-5:] * 2
 
 
@@ -143,7 +147,7 @@ async def test_a_signal_ends_a_copy_soon_and_what_is_done_is_told(autojump_clock
     def interrupted() -> bool:
         return trio.current_time() > begin + 3 * LATENCY
 
-    copied = await copy_range(bench.source, 0, bench.target, 0, SIZE, interrupted)
+    copied = await copy_range(bench.ahead, 0, bench.target, 0, SIZE, interrupted)
     assert PIECE <= copied <= 3 * PIECES * PIECE
     bench.check(0, 0, copied, copied)
     assert trio.current_time() < begin + 8 * LATENCY
@@ -152,7 +156,7 @@ async def test_a_signal_ends_a_copy_soon_and_what_is_done_is_told(autojump_clock
 async def test_a_signal_before_the_first_byte_is_not_the_end_of_the_file(autojump_clock: MockClock) -> None:
     bench = Bench(random_bytes(SIZE))
     with raises(errno.EINTR):
-        await copy_range(bench.source, 0, bench.target, 0, SIZE, lambda: True)
+        await copy_range(bench.ahead, 0, bench.target, 0, SIZE, lambda: True)
     bench.check(0, 0, 0, 0)
 
 
@@ -165,10 +169,10 @@ async def test_an_error_behind_the_first_byte_ends_the_copy_there(
     at = {"discard": 30 * PIECE, "extents": 20 * PIECE}.get(operation, 24_321)
     failing.bad[operation, at] = errno.EREMOTEIO
     copied = at // PIECE * PIECE
-    assert await copy_range(bench.source, 0, bench.target, 0, SIZE) == copied
+    assert await copy_range(bench.ahead, 0, bench.target, 0, SIZE) == copied
     bench.check(0, 0, copied, SIZE)
     with raises(errno.EREMOTEIO):
-        await copy_range(bench.source, copied, bench.target, copied, SIZE)
+        await copy_range(bench.ahead, copied, bench.target, copied, SIZE)
 
 
 async def test_of_two_errors_the_first_in_the_range_is_told(autojump_clock: MockClock) -> None:
@@ -176,7 +180,7 @@ async def test_of_two_errors_the_first_in_the_range_is_told(autojump_clock: Mock
     bench.one.bad["pread", 5500] = errno.EREMOTEIO  # soon
     bench.other.bad["pwrite", 100] = errno.EDQUOT  # later, but before it
     with raises(errno.EDQUOT):
-        await copy_range(bench.source, 0, bench.target, 0, SIZE)
+        await copy_range(bench.ahead, 0, bench.target, 0, SIZE)
 
 
 async def test_a_source_that_shrinks_is_an_error_and_not_the_end(autojump_clock: MockClock) -> None:
@@ -188,10 +192,10 @@ async def test_a_source_that_shrinks_is_an_error_and_not_the_end(autojump_clock:
             await trio.sleep(1.5 * LATENCY)
             await bench.one.resize(9 * PIECE + 1)
 
-        copied = await copy_range(bench.source, 0, bench.target, 0, SIZE)
+        copied = await copy_range(bench.ahead, 0, bench.target, 0, SIZE)
     assert copied == 9 * PIECE
     bench.check(0, 0, copied, SIZE)
-    assert await copy_range(bench.source, copied, bench.target, copied, SIZE) == 1
+    assert await copy_range(bench.ahead, copied, bench.target, copied, SIZE) == 1
 
 
 async def test_a_target_that_shrinks_is_enospc_where_it_ends(autojump_clock: MockClock) -> None:
@@ -203,11 +207,11 @@ async def test_a_target_that_shrinks_is_enospc_where_it_ends(autojump_clock: Moc
             await trio.sleep(1.5 * LATENCY)
             await bench.other.resize(5 * PIECE)
 
-        copied = await copy_range(bench.source, 0, bench.target, 0, SIZE)
+        copied = await copy_range(bench.ahead, 0, bench.target, 0, SIZE)
     assert copied <= 5 * PIECE
     bench.check(0, 0, copied, SIZE)
     with raises(errno.ENOSPC):
-        await copy_range(bench.source, 5 * PIECE, bench.target, 5 * PIECE, SIZE)
+        await copy_range(bench.ahead, 5 * PIECE, bench.target, 5 * PIECE, SIZE)
 
 
 @given(
@@ -223,7 +227,7 @@ async def test_a_target_that_shrinks_is_enospc_where_it_ends(autojump_clock: Moc
     latencies=st.lists(st.sampled_from([0.0, LATENCY, 9 * LATENCY]), max_size=40),
     patience=st.none() | st.integers(0, 40),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_what_is_told_as_copied_is_copied_whatever_goes_wrong(
     holes: set[int],
     begin: int,
@@ -250,7 +254,7 @@ def test_what_is_told_as_copied_is_copied_whatever_goes_wrong(
 
     async def play() -> None:
         try:
-            copied = await copy_range(bench.source, begin, bench.target, to, length, interrupted)
+            copied = await copy_range(bench.ahead, begin, bench.target, to, length, interrupted)
         except OSError as exc:
             if exc.errno not in {*bad.values(), *([] if patience is None else [errno.EINTR])}:
                 raise
@@ -262,3 +266,44 @@ def test_what_is_told_as_copied_is_copied_whatever_goes_wrong(
         bench.check(begin, to, copied, asked)
 
     trio.run(play, clock=MockClock(autojump_threshold=0))
+
+
+# ---- reading in advance ----------------------------------------------------------------------------------------
+
+
+async def test_who_copies_one_run_of_data_after_the_other_finds_the_next_one_read(
+    autojump_clock: MockClock,
+) -> None:
+    bench = Bench(with_holes(), blank=True)
+    run = 10 * PIECE
+    async with trio.open_nursery() as nursery:
+        ahead = DataAhead(bench.source, 4 * PIECE, lambda task: nursery.start_soon(task))
+        for number, begin in enumerate((0, 2 * run, 4 * run)):
+            asked = len(bench.made("pread"))
+            assert await copy_range(ahead, begin, bench.target, begin, run) == run
+            await trio.testing.wait_all_tasks_blocked()
+            await trio.sleep(LATENCY)
+            read = [offset for offset, _ in bench.made("pread")[asked:]]
+            if number == 0:
+                assert max(read) < run, "one copy is no stream"
+            else:
+                next_run = begin + 2 * run
+                assert sorted(at for at in read if at >= next_run) == [
+                    at for at in range(next_run, next_run + 4 * PIECE, PIECE) if at < SIZE
+                ]
+        assert_same(bench.other.content[: 5 * run], bytes(bench.one.content[: 5 * run]), 0, "copied")
+    assert len(bench.made("pread")) == len(set(bench.made("pread"))), "nothing is read twice"
+
+
+async def test_what_was_read_in_advance_is_not_from_before_a_write(autojump_clock: MockClock) -> None:
+    bench = Bench(with_holes(), blank=True)
+    run = 10 * PIECE
+    async with trio.open_nursery() as nursery:
+        ahead = DataAhead(bench.source, 4 * PIECE, lambda task: nursery.start_soon(task))
+        for begin in (0, 2 * run):
+            await copy_range(ahead, begin, bench.target, begin, run)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(LATENCY)
+        await bench.source.pwrite(4 * run + 5, b"new")
+        await copy_range(ahead, 4 * run, bench.target, 4 * run, run)
+    assert bench.other.content[4 * run + 5 : 4 * run + 8] == b"new"

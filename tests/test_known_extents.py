@@ -139,7 +139,7 @@ EVENTS = st.lists(
 
 
 @given(events=EVENTS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 def test_no_data_is_hidden_however_questions_and_writes_overlap(
     events: list[tuple[str, tuple[int, int], int]],
 ) -> None:

@@ -34,8 +34,8 @@ PAIRS = [
 DD_PAIRS = [("rbd", "iscsi-512"), ("iscsi-512", "rbd"), ("rbd", "rbd"), ("block", "file")]
 
 
-def ways(pairs: list[tuple[str, str]], quick: int = 2) -> pytest.MarkDecorator:
-    """The first `quick` of them are enough while writing code."""
+def ways(pairs: list[tuple[str, str]], quick: int = 1) -> pytest.MarkDecorator:
+    """The first `quick` of them is enough while writing code."""
     parameters = [
         pytest.param(*pair, id="-to-".join(pair), marks=[] if number < quick else [pytest.mark.slow])
         for number, pair in enumerate(pairs)

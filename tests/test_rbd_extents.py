@@ -25,6 +25,8 @@ KIB = 1024
 TIB = 1024**4
 SMALL = ("--object-size", "1M")
 MAPPED = ("layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten")
+pytestmark = pytest.mark.slow  # nearly all of it is Ceph's own commands; test_holes.py is quick
+
 KINDS = {
     "mapped": MAPPED,
     "map-without-fast-diff": MAPPED[:3],
@@ -32,11 +34,6 @@ KINDS = {
     "striped": (*MAPPED, "striping"),
     "striped-unmapped": ("layering", "striping"),
 }
-
-
-def slow(*values: str | bool) -> Any:
-    """A parameter for the thorough."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def features(*names: str) -> tuple[str, ...]:
@@ -157,7 +154,7 @@ def clone(make_volume: MakeVolume, parent: RbdVolume, kind: str = "mapped") -> R
     return child
 
 
-@pytest.mark.parametrize("kind", ["mapped", *(slow(kind) for kind in KINDS if kind != "mapped")])
+@pytest.mark.parametrize("kind", list(KINDS))
 async def test_extents_are_what_rbd_diff_tells(make_volume: MakeVolume, kind: str) -> None:
     stored = make(make_volume, kind=kind)
     async with opened(stored) as volume:
@@ -168,7 +165,7 @@ async def test_extents_are_what_rbd_diff_tells(make_volume: MakeVolume, kind: st
     assert_holes_are_zeros(extents, stored.read())
 
 
-@pytest.mark.parametrize("kind", ["striped", slow("mapped"), slow("unmapped")])
+@pytest.mark.parametrize("kind", ["striped", "mapped", "unmapped"])
 async def test_extents_of_any_range_are_a_part_of_the_whole_answer(
     make_volume: MakeVolume, kind: str
 ) -> None:
@@ -200,7 +197,7 @@ async def test_an_invalid_object_map_is_not_believed(make_volume: MakeVolume) ->
     assert (await stat(stored, "@before")).allocated is None
 
 
-@pytest.mark.parametrize("kind", ["mapped", slow("unmapped"), slow("striped")])
+@pytest.mark.parametrize("kind", ["mapped", "unmapped", "striped"])
 async def test_a_snapshot_has_extents_of_its_own(make_volume: MakeVolume, kind: str) -> None:
     stored = make(make_volume, kind=kind)
     stored.write(random_bytes(2 * MIB), MIB)
@@ -218,7 +215,7 @@ async def test_a_snapshot_has_extents_of_its_own(make_volume: MakeVolume, kind: 
 
 
 @pytest.mark.parametrize(
-    ("parents", "childs"), [("unmapped", "mapped"), slow("mapped", "mapped"), slow("mapped", "unmapped")]
+    ("parents", "childs"), [("unmapped", "mapped"), ("mapped", "mapped"), ("mapped", "unmapped")]
 )
 async def test_data_of_a_parent_is_data_of_its_clone(
     make_volume: MakeVolume, parents: str, childs: str
@@ -261,7 +258,7 @@ async def test_a_write_that_is_not_confirmed_yet_is_data(make_volume: MakeVolume
             ]
 
 
-@pytest.mark.parametrize("writable", [False, slow(True)])
+@pytest.mark.parametrize("writable", [False, True])
 async def test_what_was_shrunk_away_is_no_hole(make_volume: MakeVolume, writable: bool) -> None:
     """A copy would go on with zeros where a read tells that something is wrong."""
     stored = make(make_volume, 8 * MIB)
@@ -271,7 +268,6 @@ async def test_what_was_shrunk_away_is_no_hole(make_volume: MakeVolume, writable
         assert data_of(await all_extents(volume, 5 * MIB, 6 * MIB)) == [(5 * MIB, 6 * MIB)]
 
 
-@pytest.mark.slow
 async def test_a_volume_that_has_grown_is_told_of_to_its_new_end(make_volume: MakeVolume) -> None:
     stored = make(make_volume, 2 * MIB)
     async with opened(stored) as volume:
@@ -281,7 +277,6 @@ async def test_a_volume_that_has_grown_is_told_of_to_its_new_end(make_volume: Ma
         assert data_of(await all_extents(volume)) == diff(stored.image)
 
 
-@pytest.mark.slow
 async def test_a_migrating_image_is_all_data(make_volume: MakeVolume) -> None:
     stored = make(make_volume, 4 * MIB)
     stored.write(b"data", MIB)
@@ -295,7 +290,6 @@ async def test_a_migrating_image_is_all_data(make_volume: MakeVolume) -> None:
         run(stored, "migration", "abort", "--no-progress", stored.image.spec)
 
 
-@pytest.mark.slow
 async def test_a_terabyte_with_little_in_it_is_one_answer(make_volume: MakeVolume) -> None:
     stored = make_volume("rbd", TIB)
     async with opened(stored, writable=True) as volume:
@@ -319,7 +313,7 @@ async def test_without_an_object_map_an_answer_costs_no_more_than_its_limit(make
 
 @pytest.mark.parametrize(
     ("kind", "call"),
-    [("striped", "discard"), *(slow(kind, "write_zeroes") for kind in ("mapped", "unmapped"))],
+    [("striped", "discard"), ("mapped", "write_zeroes"), ("unmapped", "write_zeroes")],
 )
 async def test_zeroed_ranges_of_any_alignment_read_as_zeros_and_nothing_else_does(
     make_volume: MakeVolume, kind: str, call: str
@@ -340,7 +334,6 @@ async def test_zeroed_ranges_of_any_alignment_read_as_zeros_and_nothing_else_doe
     assert stored.read() == content
 
 
-@pytest.mark.slow
 async def test_zeroing_waits_for_the_writes_before_it(make_volume: MakeVolume) -> None:
     stored = make(make_volume, 4 * MIB)
     async with opened(stored, writable=True) as volume:
@@ -363,7 +356,6 @@ async def test_discarded_objects_are_given_back(make_volume: MakeVolume) -> None
     assert (await stat(stored)).allocated == used(stored.image) == 0
 
 
-@pytest.mark.slow
 async def test_a_terabyte_of_nothing_is_zeroed_in_seconds(make_volume: MakeVolume) -> None:
     stored = make_volume("rbd", TIB)
     stored.write(b"data", TIB // 2 + 5)
@@ -373,7 +365,7 @@ async def test_a_terabyte_of_nothing_is_zeroed_in_seconds(make_volume: MakeVolum
         assert await volume.pread(TIB // 2, 100) == bytes(100)
 
 
-@pytest.mark.parametrize("kind", ["mapped", slow("striped"), slow("map-without-fast-diff")])
+@pytest.mark.parametrize("kind", ["mapped", "striped", "map-without-fast-diff"])
 async def test_allocated_is_the_space_of_the_objects_that_exist(make_volume: MakeVolume, kind: str) -> None:
     stored = make(make_volume, kind=kind)
     assert (await stat(stored)).allocated == 0
@@ -406,7 +398,6 @@ async def test_a_clone_is_never_said_to_be_empty(make_volume: MakeVolume) -> Non
     assert (await stat(child)).allocated == MIB
 
 
-@pytest.mark.slow
 async def test_allocated_of_many_images_and_snapshots_is_each_ones_own(make_volume: MakeVolume) -> None:
     stored = [make(make_volume, 8 * MIB) for _ in range(4)]
     for number, volume in enumerate(stored):
@@ -423,7 +414,6 @@ async def test_allocated_of_many_images_and_snapshots_is_each_ones_own(make_volu
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(2))
 async def test_no_sequence_of_changes_makes_a_hole_of_data(

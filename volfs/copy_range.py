@@ -45,8 +45,9 @@ class DataAhead:
 
     def copied(self, begin: int, end: int) -> None:
         """A copy of this range was begun: read on behind it if it follows the one before."""
-        self._spawn(lambda: self._read_on(end, begin == self._next))
-        self._next = -1
+        if self._most:
+            follows, self._next = begin == self._next, -1
+            self._spawn(lambda: self._read_on(end, follows))
 
     async def _read_on(self, offset: int, follows: bool) -> None:
         # What is of no use any more, as well: read on from here, nothing before it will be asked for.
@@ -63,7 +64,7 @@ class DataAhead:
                 if first:
                     self._next, first = offset, False
                 length = piece_length(offset, extent.length)
-                if follows and self._most and offset not in self._pieces:
+                if follows and offset not in self._pieces:
                     self._pieces[offset] = piece = Piece(self.volume, offset, length)
                     self._spawn(piece.fetch)
                 offset += length
