@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 NAME = "volfs"  # of the file system, in /proc/mounts: "fuse.volfs" with source "volfs", free of '/' (see facts on df)
 UNMOUNT_SECONDS = 30.0
-MAX_REQUESTS = 512  # handled at once, of which those of a hung backend must leave some to the others
+# Requests for names, attributes, opens and flushes handled at once, of which those of a hung backend must leave some to
+# the others. Reads and writes do not pass there (requests.py): as many as the kernel lets through, MAX_BACKGROUND and
+# one for each thread of a program that waits for one.
+MAX_REQUESTS = 512
 IDLE_WORKERS = 16  # tasks of pyfuse3 that wait for requests; each has a buffer of 1 MiB, costly to make anew
 # Of these, read-ahead and other buffered requests: the kernel's 12 do not fill our read-ahead, and a dozen readers of
 # one hung backend would take them all from the others.
