@@ -27,7 +27,7 @@ LAYERS = """
     volfs.api volfs.copying
     volfs.comparing
     volfs.reading
-    volfs.descriptors volfs.extents
+    volfs.descriptors
     volfs.config volfs.control_server
     volfs.control
     volfs.fuse.session
@@ -48,7 +48,7 @@ LAYERS = """
     volfs.backends.base
     volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
     volfs.native
-    volfs.errors volfs.identity
+    volfs.errors volfs.extents volfs.identity
     volfs.version
 """
 # The modules of a driver may know each other (without cycles), but not another driver's.

@@ -174,9 +174,23 @@ async def test_extents_are_asked_for_once_and_cut_to_the_range(
     assert await sparse.volume.extent(5, 7) == Extent(5, 7, False)
     assert await sparse.volume.extent(19_999, 7) == Extent(19_999, 1, True)
     assert len(sparse.asked("extents")) == 3
-    sparse.volume.forget_extents()
+    sparse.volume.opened_again()
     assert await sparse.volume.extent(5, 7) == Extent(5, 7, False)
     assert len(sparse.asked("extents")) == 4
+
+
+async def test_an_answer_from_before_an_open_is_not_for_who_opened(
+    sparse: Sparse, autojump_clock: MockClock
+) -> None:
+    """The driver had looked already when another client wrote and a program opened the volume."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sparse.volume.extent, 0, 30_000)
+        await trio.testing.wait_all_tasks_blocked()
+        sparse.memory.at_once = True
+        assert sparse.memory.start_write(0, memoryview(b"another client's"))
+        sparse.volume.opened_again()
+    assert len(sparse.asked("extents")) == 2
+    assert (await sparse.volume.extent(0, 30_000)).data
 
 
 async def test_what_is_past_the_end_of_a_shrunk_volume_is_data(

@@ -68,6 +68,7 @@ class Volume:
         self.failures = 0
         self.last_failure: VolfsError | None = None
         self._opened = _Opened(volume)
+        self._opens = 0
         self._known = KnownExtents()
         self._known_since = 0.0  # trio's clock, of the oldest of it
         self._writing = Writing()
@@ -164,19 +165,22 @@ class Volume:
         if offset >= self.properties.size:
             return Extent(offset, length, data=True)
         known = self._known.at(offset)
-        if known is None:
-            asked = trio.current_time()
+        while known is None:
+            asked, opens = trio.current_time(), self._opens
             with self._writing.question() as spoilt:
                 with self._opened as volume:
                     extents = await volume.extents(offset, self.properties.size - offset)
+                if opens != self._opens:
+                    continue  # who opened it since wants an answer from after that
                 if not self._known:
                     self._known_since = asked
                 self._known.learn(extents, spoilt)
             known = self._known.at(offset) or Extent(offset, extents[0].length, data=True)
         return Extent(offset, min(length, known.length), known.data)
 
-    def forget_extents(self) -> None:
-        """Another client may have changed them."""
+    def opened_again(self) -> None:
+        """One more handle, which is to see what other clients have done before."""
+        self._opens += 1
         self._known.clear()
 
     @contextmanager
@@ -265,7 +269,7 @@ class VolumeTable:
                 await volume.reopen(await backend.open(source, writable=True))
             else:
                 await volume.refresh()
-            volume.forget_extents()
+            volume.opened_again()
             volume.handles += 1
             self.opens += 1
             return volume

@@ -26,12 +26,13 @@ import contextlib
 import errno
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import msgspec
 import trio
 
 from volfs.errors import BackendError, BackendTimeout
+from volfs.extents import Extent as Extent  # a part of the contract
 
 ZEROES = bytes(1 << 20)
 BLOCK_UNIT = 512  # the unit of st_blocks and of SCSI's and the kernel's sector counts
@@ -110,18 +111,6 @@ class Properties:
     block_size: int  # the storage's smallest write; any offset and length is accepted all the same
     writable: bool
     can_resize: bool = False
-
-
-class Extent(NamedTuple):
-    """A run of bytes that is all data or all hole."""
-
-    offset: int
-    length: int
-    data: bool  # False: a hole, unallocated, which reads as zeros
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.length
 
 
 class BackendVolume(trio.abc.AsyncResource):

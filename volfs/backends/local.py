@@ -7,7 +7,6 @@ for the same reason: a cancelled caller waits for one step, not for a terabyte.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import time
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 import trio
 
+from volfs import extents
 from volfs.backends.base import ZEROES, BackendVolume, Properties
 from volfs.errors import BackendError, VolfsError, VolumeNotFound
 
@@ -24,15 +24,11 @@ T = TypeVar("T")
 
 THREADS = 16  # requests under way at once for one backend; more only wait for the same disk
 
-# The modes of fallocate(2), linux/falloc.h. Without KEEP_SIZE a file that somebody shortened would grow again.
-_KEEP_SIZE = 0x01
-PUNCH_HOLE = 0x02 | _KEEP_SIZE  # give the space back; the range reads as zeros
-ZERO_RANGE = 0x10 | _KEEP_SIZE  # zeros in the quickest way, as a rule in space that stays allocated
-
-# fallocate(2) with modes, which `os` lacks. The call with 64 in its name has 64-bit offsets everywhere.
-_fallocate64 = ctypes.CDLL(None, use_errno=True).fallocate64
-_fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_fallocate64.restype = ctypes.c_int
+# The modes in use. Without KEEP_SIZE a file that somebody shortened would grow again.
+PUNCH_HOLE = extents.PUNCH_HOLE | extents.KEEP_SIZE  # give the space back; the range reads as zeros
+ZERO_RANGE = (
+    extents.ZERO_RANGE | extents.KEEP_SIZE
+)  # the quickest way, as a rule in space that stays allocated
 # There is no such mode here. On a device also EBUSY: somebody else holds it exclusively (a mounted file system), and
 # the kernel then throws nothing away that its page cache still has to write.
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EBUSY)
@@ -238,12 +234,11 @@ def _fallocate_some(fd: int, modes: Sequence[int], begin: int, end: int) -> int:
 def _fallocate(fd: int, modes: Sequence[int], offset: int, length: int) -> bool:
     """Do the first of `modes` that this file or device can; False when it can none. Raises OSError for all else."""
     for mode in modes:
-        while _fallocate64(fd, mode, offset, length):
-            number = ctypes.get_errno()  # of this thread
-            if number in _CANNOT:
-                break
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
+        try:
+            extents.fallocate(fd, mode, offset, length)
+        except OSError as exc:
+            if exc.errno not in _CANNOT:
+                raise
         else:
             return True
     return False

@@ -7,6 +7,7 @@ import itertools
 import os
 from dataclasses import dataclass
 
+from volfs import extents
 from volfs.backends.base import Backend
 from volfs.copy_range import DataAhead, Interrupted, copy_range
 from volfs.errors import VolfsError, VolumeNotFound
@@ -19,11 +20,10 @@ from volfs.volume import Volume, VolumeTable
 # O_DIRECT it aborts when it finds one.
 BLOCK = 4096
 
-# Modes of fallocate(2), of the flags in linux/falloc.h. The size stays in any case.
-KEEP_SIZE = 0x01
-PREALLOCATE = 0, KEEP_SIZE
-PUNCH_HOLE = 0x02 | KEEP_SIZE
-ZERO_RANGE = 0x10, 0x10 | KEEP_SIZE
+# Modes of fallocate(2). The size stays in any case.
+PREALLOCATE = 0, extents.KEEP_SIZE
+PUNCH_HOLE = extents.PUNCH_HOLE | extents.KEEP_SIZE
+ZERO_RANGE = extents.ZERO_RANGE, extents.ZERO_RANGE | extents.KEEP_SIZE
 
 
 @dataclass(eq=False)
