@@ -106,11 +106,13 @@ def run(rounds: int, data_mib: int, json_path: str | None, check: bool) -> int:
     found = [row for row in rows if row is not None]
     _show(found, seconds, data_mib)
     if json_path:
-        Path(json_path).write_text(json.dumps({"seconds": seconds, "rows": found}, indent=2) + "\n")
-    missed = [str(row["copy"]) for row in found if row["ratio"] > row["most"]] + sorted(too_large)
-    if missed:
-        print(f"too slow, or its target too large: {', '.join(missed)}")
-    return 1 if missed and check else 0
+        result = {"seconds": seconds, "rows": found, "too_large": sorted(too_large)}
+        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+    slow = [str(row["copy"]) for row in found if row["ratio"] > row["most"]]
+    for what, copies in (("too slow", slow), ("its target is larger than the data", sorted(too_large))):
+        if copies:
+            print(f"{what}: {', '.join(copies)}")
+    return 1 if check and (slow or too_large) else 0
 
 
 def _path(mount: Mount, made: Image) -> Path:

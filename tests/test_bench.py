@@ -67,3 +67,17 @@ def test_wrong_use_is_one_clear_line(arguments: tuple[str, ...], message: str) -
     done = bench(*arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_sparse_copies_are_measured_against_dd(services: Services, tmp_path: Path) -> None:
+    done = bench("--sparse", "--rounds", "1", "--size-mib", "8", "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    copies = {row["copy"] for row in result["rows"]}
+    assert {
+        f"{side}: {name}" for side in ("rbd", "file") for name in ("volfs copy", "cp --sparse=auto")
+    } < copies
+    for row in result["rows"]:
+        took, reference = result["seconds"][row["copy"]], row["copy"].split(":")[0] + ": " + row["reference"]
+        assert row["ratio"] == pytest.approx(took[0] / result["seconds"][reference][0], abs=0.001)
+    assert result["too_large"] == [], done.stdout
