@@ -555,9 +555,17 @@ sys.meta_path.insert(0, Blocked())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ceph", ["rados,rbd", "rados", "rbd"])
+@pytest.mark.parametrize(
+    ("ceph", "needs"),
+    [
+        ("rados,rbd", "python3-rados and python3-rbd"),
+        ("rados", "python3-rados and python3-rbd"),
+        ("rbd", "python3-rados and python3-rbd"),
+        ("volfs.native.rbd_image", "librbd (apt install librbd-dev"),
+    ],
+)
 def test_without_librbd_and_libiscsi_the_other_drivers_work(
-    files: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, ceph: str
+    files: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, ceph: str, needs: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)
     environment = {"PYTHONPATH": str(tmp_path), "BLOCKED": f"{ceph},volfs.native.libiscsi"}
@@ -566,7 +574,7 @@ def test_without_librbd_and_libiscsi_the_other_drivers_work(
         assert sorted(os.listdir(mount.path)) == ["attached", "file", "iscsi", "rbd"]
         assert (mount.path / "file" / "disk").read_bytes() == DATA
         for place, source, line in (
-            ("rbd/volumes", "rbd:volumes/x", "the rbd driver needs python3-rados and python3-rbd"),
+            ("rbd/volumes", "rbd:volumes/x", f"the rbd driver needs {needs}"),
             (
                 "iscsi",
                 "iscsi://192.0.2.7/iqn.x/1",

@@ -238,12 +238,17 @@ class Cluster:
     def _connect(self) -> Any:
         try:
             load_first("rbd_image")
+        except ImportError as exc:
+            raise BackendError(
+                f"the rbd driver needs librbd (apt install librbd-dev, then install volfs again): {exc}",
+                errno.EOPNOTSUPP,
+            ) from exc
+        try:
             import rados
             import rbd  # noqa: F401 - that it is missing is told now, not at the first image
         except ImportError as exc:
             raise BackendError(
-                f"the rbd driver needs python3-rados, python3-rbd and volfs built with librbd-dev: {exc}",
-                errno.EOPNOTSUPP,
+                f"the rbd driver needs python3-rados and python3-rbd: {exc}", errno.EOPNOTSUPP
             ) from exc
         access = self.access
         if access.conf is not None and (os.path.isdir(access.conf) or not os.access(access.conf, os.R_OK)):
