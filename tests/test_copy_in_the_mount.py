@@ -302,6 +302,7 @@ def test_an_error_shows_when_all_before_it_is_copied(faulty: tuple[Path, Path], 
         assert_same(os.pread(target, 8 * MIB, 0), content, 0, "when it works again")
 
 
+@pytest.mark.slow
 def test_a_copy_to_a_synchronous_handle_is_flushed(faulty: tuple[Path, Path]) -> None:
     directory, rules = faulty
     with (
@@ -317,6 +318,7 @@ def test_a_copy_to_a_synchronous_handle_is_flushed(faulty: tuple[Path, Path]) ->
         assert os.copy_file_range(source, target, 4096, 0, 0) == 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_the_cp_of_a_large_volume_soon(
     faulty: tuple[Path, Path], tmp_path: Path, number: signal.Signals
@@ -341,6 +343,7 @@ def test_a_signal_ends_the_cp_of_a_large_volume_soon(
 # ---- cp --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cp_has_the_daemon_copy_a_full_volume(make: MakeDiskOf) -> None:
     """Coreutils 9 asks for copy_file_range of its own accord; and the target is stable when it ends."""
     content = random_bytes(SIZE, seed=12)

@@ -663,6 +663,7 @@ def brick(services: Services, new_image: Callable[..., Image]) -> Iterator[Calla
         file.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [False, True])
 def test_with_os_bricks_file_objects(
     brick: Callable[[Image], IO[bytes]], new_image: Callable[..., Image], verify: bool
@@ -685,6 +686,7 @@ def test_with_os_bricks_file_objects_and_a_target_that_is_too_small(
     assert target_image.read() == bytes(4 * MIB)
 
 
+@pytest.mark.slow
 def test_between_os_brick_and_a_file(
     tmp_path: Path, brick: Callable[[Image], IO[bytes]], new_image: Callable[..., Image]
 ) -> None:

@@ -242,6 +242,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("driver", "number", "direct"),
     [
@@ -278,6 +279,7 @@ def test_a_signal_under_writes_flushes_what_was_acknowledged(
         assert found == bytes([latest % 255 + 1]) * BLOCK, f"write {latest} of {acknowledged} is lost"
 
 
+@pytest.mark.slow
 @DURABLE
 def test_a_signal_flushes_what_is_mapped(place: Path, storage: Storage, driver: str) -> None:
     """What a program changed by mmap is still in the kernel's page cache then."""

@@ -136,6 +136,7 @@ def test_no_hole_begins_or_ends_within_a_block(empty: Disk, written: tuple[tuple
                 assert os.lseek(file, offset, os.SEEK_HOLE) % 4096 == SIZE % 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [os.O_RDWR, os.O_WRONLY, os.O_WRONLY | os.O_DIRECT, os.O_RDWR | os.O_SYNC],

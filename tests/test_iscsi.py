@@ -400,6 +400,7 @@ async def test_a_resize_is_seen_by_refresh(own_tgtd: Tgtd) -> None:
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unflushed", [MIB, iscsi_volume.UNFLUSHED_BYTES])
 async def test_data_survives_broken_connections(
     target: Target, monkeypatch: pytest.MonkeyPatch, unflushed: int

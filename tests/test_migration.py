@@ -92,7 +92,7 @@ def assert_nothing_attached(daemon: Mount, *volumes: StoredVolume) -> None:
         assert volume.users() == []
 
 
-@ways(PAIRS, quick=2)
+@ways(PAIRS)
 def test_a_migration_by_the_python_calls(
     client: Mount, storage: Storage, source_kind: str, target_kind: str
 ) -> None:
@@ -144,6 +144,7 @@ def test_a_target_that_is_too_small_is_not_touched(
     assert_nothing_attached(client, source, target)
 
 
+@pytest.mark.slow
 def test_a_daemon_started_on_demand_migrates(
     tmp_path_factory: pytest.TempPathFactory, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +236,7 @@ def test_dd_as_cinder_calls_it(
     assert stat.S_ISREG(os.stat(file_of(target)).st_mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_kind", ["rbd", "iscsi-512"])
 def test_dd_with_sparse_onto_a_new_volume(
     file_of: Callable[[StoredVolume], Path], module_storage: Storage, target_kind: str

@@ -499,6 +499,7 @@ def test_detaching_an_open_volume_is_ebusy(disk: Disk) -> None:
 # ---- one mount of all ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_mount_shows_all_backends(mount: Callable[..., Mount], storage: Storage, tmp_path: Path) -> None:
     made = [
         storage.make(driver, 2 * MIB, random_bytes(2 * MIB, seed), **options)

@@ -366,7 +366,7 @@ class VolumesOnMount:
         self.mount()
 
 
-@pytest.fixture(scope="module", params=variants(quick=("rbd", "file")))
+@pytest.fixture(scope="module", params=variants(quick=("file",)))
 def volumes_on_mount(
     request: pytest.FixtureRequest, module_storage: Storage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VolumesOnMount]:

@@ -336,6 +336,7 @@ def test_a_killed_writer_leaves_whole_blocks_and_no_user(disk: Disk, direct: int
 # ---- two mounts ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direct", [0, pytest.param(os.O_DIRECT, marks=slow)], ids=["buffered", "direct"])
 def test_what_one_mount_wrote_and_closed_another_one_reads_at_its_next_open(
     disk: Disk, twin: Disk, direct: int

@@ -85,6 +85,7 @@ def full_file(tmp_path: Path) -> Path:
 # ---- dd --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["iflag=direct", "oflag=direct"])
 def test_dd_probes_for_direct_io_as_cinder_does(disk: Disk, second_disk: Disk, flag: str) -> None:
     """With count=0 and without conv=notrunc: it opens the target with O_TRUNC, and writes nothing."""

@@ -66,6 +66,7 @@ def user() -> Iterator[User]:
         shutil.rmtree(directory)
 
 
+@pytest.mark.slow
 def test_an_unprivileged_user_mounts_writes_and_unmounts(user: User) -> None:
     volume = user.directory / "volumes" / "disk"
     user.run("truncate", "-s", "4M", volume)
