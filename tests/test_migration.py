@@ -34,10 +34,10 @@ PAIRS = [
 DD_PAIRS = [("rbd", "iscsi-512"), ("iscsi-512", "rbd"), ("rbd", "rbd"), ("block", "file")]
 
 
-def ways(pairs: list[tuple[str, str]], quick: int = 1) -> pytest.MarkDecorator:
-    """The first `quick` of them is enough while writing code."""
+def ways(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """The first of them is enough while writing code."""
     parameters = [
-        pytest.param(*pair, id="-to-".join(pair), marks=[] if number < quick else [pytest.mark.slow])
+        pytest.param(*pair, id="-to-".join(pair), marks=[pytest.mark.slow] if number else [])
         for number, pair in enumerate(pairs)
     ]
     return pytest.mark.parametrize(("source_kind", "target_kind"), parameters)

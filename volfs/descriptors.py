@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from volfs.identity import local_identity
 
@@ -141,6 +141,6 @@ def uncached(file: IO[bytes], position: int) -> IO[bytes]:
     if number is not None:
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
     file.seek(position)
-    raw: Any = file.raw if isinstance(file, BUFFERED) else file
+    raw: IO[bytes] = cast("IO[bytes]", file.raw) if isinstance(file, BUFFERED) else file
     raw.seek(position)
-    return raw  # type: ignore[no-any-return]
+    return raw

@@ -22,9 +22,8 @@ class Writing:
     def __init__(self) -> None:
         self._under_way: dict[int, tuple[int, int]] = {}
         self._number = 0
-        self._questions: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # by number: equal lists are not the same question
+        # By number: equal lists are not the same question.
+        self._questions: dict[int, list[tuple[int, int]]] = {}
 
     def begin(self, offset: int, length: int) -> int:
         self._number += 1

@@ -60,9 +60,8 @@ class Header:
     stripe_unit: int  # with a stripe_count of 1 as long as the object
     stripe_count: int  # objects that a stripe goes over
     flags: int = 0
-    parent_overlap: int = (
-        0  # so much at the beginning is the parent's where the image has no object of its own
-    )
+    # So much at the beginning is the parent's where the image has no object of its own.
+    parent_overlap: int = 0
 
     @property
     def feature_names(self) -> str:

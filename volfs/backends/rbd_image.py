@@ -46,6 +46,7 @@ class RbdImage(BackendVolume):
         self._image: Any = None
         self._held = False  # the connection, by us
         self._dirty = False
+        self._period: int | None = None
         self._refreshing = trio.Lock()
         self._writes: UnconfirmedWrites
 
@@ -117,14 +118,17 @@ class RbdImage(BackendVolume):
         self._dirty = True
         image = self._image
         await self._writes.settle()
-        period = await self._cluster.run(lambda: stripe_period(image), doing=f"{self._url}: write zeroes")
+        if self._period is None:  # which an image keeps for life
+            self._period = await self._cluster.run(
+                lambda: stripe_period(image), doing=f"{self._url}: write zeroes"
+            )
         await in_parallel(
-            zero_steps(offset, length, period),
+            zero_steps(offset, length, self._period),
             lambda at, size: self._aio("write zeroes", lambda done: image.aio_write_zeroes(at, size, done)),
         )
 
     async def flush(self) -> None:
-        await self._flush(self._image)
+        await self._flush(self._image, self._writes)
 
     async def refresh(self) -> Properties:
         async with self._refreshing:  # one may reopen the image, which the others then ask
@@ -208,7 +212,7 @@ class RbdImage(BackendVolume):
     async def _close_image(self, image: Any, writes: UnconfirmedWrites) -> None:
         try:
             if self._dirty:
-                await self._flush(image)
+                await self._flush(image, writes)
         finally:
             try:
                 await writes.settle_reads()
@@ -216,9 +220,9 @@ class RbdImage(BackendVolume):
                 writes.requests.expire(0)
                 await self._aio("close", lambda done: image.aio_close(done))
 
-    async def _flush(self, image: Any) -> None:
-        await self._writes.settle()
-        failure = self._writes.requests.take_failure()
+    async def _flush(self, image: Any, writes: UnconfirmedWrites) -> None:
+        await writes.settle()
+        failure = writes.requests.take_failure()
         await self._aio("flush", lambda done: image.aio_flush(done))
         self._raise_failure(failure)
 

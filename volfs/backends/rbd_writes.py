@@ -24,7 +24,10 @@ EVERYTHING = 1 << 63  # bytes: no image is longer
 
 
 class UnconfirmedWrites:
-    """Those of one open image, whose requests `bind` makes. On the trio loop, but for librbd's threads that wake it."""
+    """Those of one open image, whose `requests`, reads too, `bind` makes.
+
+    On the trio loop, but for librbd's threads that wake it.
+    """
 
     def __init__(self, bind: Callable[[Callable[[], None]], Image], timeout: float, name: str) -> None:
         """`name` begins the messages."""
@@ -111,8 +114,7 @@ class UnconfirmedWrites:
                     self.requests.wake_at(REQUESTS, 1 << 62)
                 else:
                     self.requests.wake_at(REQUESTS // 2 - 1, WINDOW // 2)
-                if (
-                    condition()
-                ):  # looked at after asking to be woken; what is answered does these in the other order
+                # Looked at after asking to be woken; what is answered does these in the other order.
+                if condition():
                     return
                 await changed.wait()

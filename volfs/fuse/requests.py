@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 import trio
@@ -61,21 +62,19 @@ class Requests:
             log.debug("%s: came when the mount ended", name)
 
     async def _answer(self, name: str, request: Request, arguments: tuple[object, ...]) -> None:
+        handler: Callable[..., Awaitable[Any]] = getattr(self._filesystem, name)
         try:
             match name:
-                case "read":
-                    request.data(await self._filesystem.read(*arguments))  # type: ignore[arg-type]
-                case "read_failed":
-                    request.data(await self._filesystem.read_failed(*arguments))  # type: ignore[arg-type]
+                case "read" | "read_failed":
+                    request.data(await handler(*arguments))
                 case "write":
-                    request.count(await self._filesystem.write(*arguments))  # type: ignore[arg-type]
+                    request.count(await handler(*arguments))
                 case "copy_file_range":
-                    interrupted = request.interrupted
-                    request.count(await self._filesystem.copy_file_range(*arguments, interrupted))  # type: ignore[call-arg, arg-type]
+                    request.count(await handler(*arguments, request.interrupted))
                 case "lseek":
-                    request.offset(await self._filesystem.lseek(*arguments))  # type: ignore[arg-type]
+                    request.offset(await handler(*arguments))
                 case "fallocate":
-                    await self._filesystem.fallocate(*arguments)  # type: ignore[arg-type]
+                    await handler(*arguments)
                     request.error(0)
         except pyfuse3.FUSEError as exc:
             request.error(exc.errno)

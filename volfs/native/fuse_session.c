@@ -4,19 +4,18 @@
  * Why it exists: pyfuse3 3.5 has no lseek, fallocate and copy_file_range, and drops the flags of a write, among them
  * RWF_DSYNC. It makes a task for each read and write, and copies the bytes once more (fuse_request.c).
  *
- * Besides, it has no hook into the init handshake, the only place where a mount of any user can raise
- * the number of buffered requests under way (kernel default: 12), and where the kernel can be told not to drop a file's
- * page cache whenever its mtime has moved. It moves with every write; a page dropped while a write to it is on its way
- * here may be read again from before that write, and then stays so: processes that write the same pages would miss
- * each other's bytes, and their own. Each open drops the cache anyway, which is what volfs promises.
+ * Besides, it has no hook into the init handshake, the only place where a mount of any user can raise the number of
+ * buffered requests under way (kernel default: 12), and where the kernel can be told not to drop a file's page cache
+ * whenever its mtime has moved. It moves with every write; a page dropped while a write to it is on its way here may be
+ * read again from before that write, and then stays so: processes that write the same pages would miss each other's
+ * bytes, and their own. Each open drops the cache anyway, which is what volfs promises.
  *
  * And before each buffered write the kernel asks for the attribute security.capability, in case the file must lose it;
  * volumes never have one, and it takes no coroutine to say so. Turning getxattr off (ENOSYS) would take away user.volfs.*
- * as well, and the capability that stops the question (FUSE_HANDLE_KILLPRIV_V2) is not
- * known to libfuse 3.14.
+ * as well, and the capability that stops the question (FUSE_HANDLE_KILLPRIV_V2) is not known to libfuse 3.14.
  *
- * How: loaded with RTLD_GLOBAL before pyfuse3, this definition of fuse_session_new is the one that pyfuse3 binds to. It
- * replaces entries of the operation table and calls libfuse's own. Where that does not come about (another libfuse,
+ * How: loaded with RTLD_GLOBAL before pyfuse3, the definitions here of fuse_session_new and fuse_session_receive_buf are
+ * those that pyfuse3 binds to. The first replaces entries of the operation table; both call libfuse's own. Where that does not come about (another libfuse,
  * static linking), pyfuse3 works as without it, and hooked() tells.
  */
 #define _GNU_SOURCE
@@ -142,12 +141,12 @@ static int ours(const struct fuse_buf *buf)
 }
 
 /* Where pyfuse3 receives a request: reads and writes are answered here, one after the other, before it gets one that it
- * has a part in. It would go through its lock and the event loop for each, which takes longer than most of them.
+ * has a part in. It would go through its lock and a round of the event loop for each.
  */
 __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
 {
     enum { IN_A_ROW = 64, MILLISECONDS = 5 }; /* then the event loop has its turn */
-    /* For the next one of a program that has one under way at a time. Shorter than a round of the event loop. */
+    /* For the next one of a program that has one under way at a time; too short to be noticed elsewhere. */
     const struct timespec patience = {0, 50 * 1000};
     static receive *libfuse;
     struct pollfd readable = {fuse_session_fd(session), POLLIN, 0};
