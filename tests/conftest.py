@@ -77,3 +77,12 @@ def volumes(tmp_path: Path) -> Path:
     directory = tmp_path / "volumes"
     directory.mkdir()
     return directory
+
+
+@pytest.fixture(scope="module")
+def everything(module_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount of all drivers, for the tests of a module."""
+    prefixes = [module_storage.prefix(driver) for driver in ("rbd", "iscsi", "block", "file")]
+    env = module_storage.environment("rbd")
+    with mounted(tmp_path_factory.mktemp("m"), prefixes, env=env) as mount:
+        yield mount

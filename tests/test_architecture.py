@@ -33,7 +33,7 @@ LAYERS = """
     volfs.fuse.session
     volfs.fuse.requests
     volfs.fuse.filesystem
-    volfs.fuse.xattrs
+    volfs.fuse.refusals volfs.fuse.xattrs
     volfs.fuse.handles
     volfs.fuse.tree
     volfs.fuse
@@ -54,7 +54,8 @@ LAYERS = """
 # The modules of a driver may know each other (without cycles), but not another driver's.
 DRIVERS = {
     "rbd": "rbd rbd_cluster rbd_extents rbd_header rbd_image rbd_object_map rbd_writes rbd_zeroes",
-    "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_session iscsi_source iscsi_volume scsi",
+    "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_ranges iscsi_session iscsi_source iscsi_volume"
+    " scsi",
     "block": "block",
     "file": "file",
 }

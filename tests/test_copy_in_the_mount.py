@@ -50,15 +50,6 @@ all_pairs = pytest.mark.parametrize(("source_kind", "target_kind"), PAIRS)
 MakeDiskOf = Callable[..., Disk]
 
 
-@pytest.fixture(scope="module")
-def everything(module_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """A mount of all drivers."""
-    prefixes = [module_storage.prefix(driver) for driver in ("rbd", "iscsi", "block", "file")]
-    env = module_storage.environment("rbd")
-    with mounted(tmp_path_factory.mktemp("m"), prefixes, env=env) as mount:
-        yield mount
-
-
 @pytest.fixture
 def make(everything: Mount, module_storage: Storage) -> Iterator[MakeDiskOf]:
     """make(kind, content): a new volume that begins with it. Removed after the test."""

@@ -170,15 +170,6 @@ def test_a_daemon_started_on_demand_migrates(
 # ---- between files of one mount --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def everything(module_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """A mount of all drivers."""
-    prefixes = [module_storage.prefix(driver) for driver in ("rbd", "iscsi", "block", "file")]
-    env = module_storage.environment("rbd")
-    with mounted(tmp_path_factory.mktemp("m"), prefixes, env=env) as mount:
-        yield mount
-
-
 @pytest.fixture
 def file_of(everything: Mount) -> Callable[[StoredVolume], Path]:
     def find(volume: StoredVolume) -> Path:

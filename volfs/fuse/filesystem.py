@@ -1,8 +1,7 @@
 """The FUSE operations: names, inodes, attributes and errnos, translated between the kernel and the tree.
 
 Each handler runs inside `_errors`, the one place where exceptions become errnos: pyfuse3 ends its main loop, and
-with it every volume, for anything else that escapes. The choice of errnos is design.md's: what would change
-the set of volumes or their names is EPERM.
+with it every volume, for anything else that escapes. What volfs does not do at all is in refusals.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import pyfuse3
 import trio
@@ -26,6 +24,7 @@ from volfs.copy_range import Interrupted
 from volfs.errors import BackendError, BackendTimeout, VolfsError, VolumeNotFound
 from volfs.fuse import xattrs
 from volfs.fuse.handles import OpenFiles
+from volfs.fuse.refusals import Refusals
 from volfs.fuse.tree import AttachedNode, Node, Tree, VolumeNode
 from volfs.volume import VolumeTable
 
@@ -54,7 +53,7 @@ class _Listing:
     begun: bool = False
 
 
-class Filesystem(pyfuse3.Operations):
+class Filesystem(Refusals):
     """The handlers. Many run at once, each in a task of its own, on the trio loop."""
 
     supports_dot_lookup = False
@@ -281,54 +280,6 @@ class Filesystem(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         return None
 
-    # What would change names or the set of volumes
-
-    async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        _refuse()
-
-    async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        _refuse()
-
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> NoReturn:
-        _refuse()
-
-    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        _refuse()
-
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        _refuse()
-
-    async def symlink(
-        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        _refuse()
-
-    async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        _refuse()
-
-    async def rename(
-        self,
-        parent_inode_old: int,
-        name_old: bytes,
-        parent_inode_new: int,
-        name_new: bytes,
-        flags: int,
-        ctx: pyfuse3.RequestContext,
-    ) -> None:
-        _refuse()
-
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        _refuse()
-
-    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        _refuse()
-
     # Help
 
     async def _refresh(self, node: Node) -> None:
@@ -434,7 +385,3 @@ def _errors(operation: str) -> Iterator[None]:
     except Exception as exc:
         log.exception("%s: unexpected error; a bug in volfs", operation)
         raise pyfuse3.FUSEError(errno.EIO) from exc
-
-
-def _refuse() -> NoReturn:
-    raise pyfuse3.FUSEError(errno.EPERM)
