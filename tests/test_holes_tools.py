@@ -221,6 +221,7 @@ def test_blkdiscard_of_a_loop_device_makes_zeros_and_holes(disk: Disk, options: 
             succeed("blkdiscard", "--force", *options, *where, device)
             content[offset : offset + length] = bytes(length)
             assert_same(disk.path.read_bytes(), content, 0, f"after {offset}+{length}")
+    disk.assert_released()  # the kernel closes what a loop device had open some time after it is gone
     assert_same(disk.stored.read(), content, 0, "on the storage")
     if not options and disk.stored.driver in ("rbd", "file"):
         runs = data_of_path(disk.path)
