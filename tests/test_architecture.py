@@ -38,6 +38,7 @@ LAYERS = """
     volfs.fuse.tree
     volfs.fuse
     volfs.copy_range
+    volfs.data_ahead
     volfs.readahead volfs.rewriting
     volfs.attached volfs.source volfs.volume
     volfs.known_extents

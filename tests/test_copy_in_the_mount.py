@@ -23,7 +23,7 @@ from mounts import Mount, mounted, wait_until
 from services import MIB
 from volumes import Storage, assert_same, raises, random_bytes
 
-from volfs.copy_range import PIECE
+from volfs.data_ahead import PIECE
 
 SIZE = 3 * OBJECT + 4096
 slow = pytest.mark.slow

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 from volumes import assert_same, raises, random_bytes
 
-from volfs import copy_range as module
+from volfs import data_ahead
 from volfs.backends.file import FileSource
-from volfs.copy_range import PIECES, DataAhead, copy_range
+from volfs.copy_range import PIECES, copy_range
+from volfs.data_ahead import DataAhead
 from volfs.volume import Volume
 
 PIECE = 1000
@@ -29,7 +30,7 @@ LATENCY = 0.01
 @pytest.fixture(autouse=True, scope="module")
 def _small_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE", PIECE)
+        patch.setattr(data_ahead, "PIECE", PIECE)
         yield
 
 
@@ -266,44 +267,3 @@ def test_what_is_told_as_copied_is_copied_whatever_goes_wrong(
         bench.check(begin, to, copied, asked)
 
     trio.run(play, clock=MockClock(autojump_threshold=0))
-
-
-# ---- reading in advance ----------------------------------------------------------------------------------------
-
-
-async def test_who_copies_one_run_of_data_after_the_other_finds_the_next_one_read(
-    autojump_clock: MockClock,
-) -> None:
-    bench = Bench(with_holes(), blank=True)
-    run = 10 * PIECE
-    async with trio.open_nursery() as nursery:
-        ahead = DataAhead(bench.source, 4 * PIECE, lambda task: nursery.start_soon(task))
-        for number, begin in enumerate((0, 2 * run, 4 * run)):
-            asked = len(bench.made("pread"))
-            assert await copy_range(ahead, begin, bench.target, begin, run) == run
-            await trio.testing.wait_all_tasks_blocked()
-            await trio.sleep(LATENCY)
-            read = [offset for offset, _ in bench.made("pread")[asked:]]
-            if number == 0:
-                assert max(read) < run, "one copy is no stream"
-            else:
-                next_run = begin + 2 * run
-                assert sorted(at for at in read if at >= next_run) == [
-                    at for at in range(next_run, next_run + 4 * PIECE, PIECE) if at < SIZE
-                ]
-        assert_same(bench.other.content[: 5 * run], bytes(bench.one.content[: 5 * run]), 0, "copied")
-    assert len(bench.made("pread")) == len(set(bench.made("pread"))), "nothing is read twice"
-
-
-async def test_what_was_read_in_advance_is_not_from_before_a_write(autojump_clock: MockClock) -> None:
-    bench = Bench(with_holes(), blank=True)
-    run = 10 * PIECE
-    async with trio.open_nursery() as nursery:
-        ahead = DataAhead(bench.source, 4 * PIECE, lambda task: nursery.start_soon(task))
-        for begin in (0, 2 * run):
-            await copy_range(ahead, begin, bench.target, begin, run)
-        await trio.testing.wait_all_tasks_blocked()
-        await trio.sleep(LATENCY)
-        await bench.source.pwrite(4 * run + 5, b"new")
-        await copy_range(ahead, 4 * run, bench.target, 4 * run, run)
-    assert bench.other.content[4 * run + 5 : 4 * run + 8] == b"new"

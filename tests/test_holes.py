@@ -96,6 +96,27 @@ def test_the_hole_of_a_full_volume_is_its_end(disk: Disk, direct: int) -> None:
         assert os.lseek(file, 0, os.SEEK_CUR) == SIZE, "a seek that failed has moved the position"
 
 
+def test_who_goes_by_runs_of_data_may_read_the_holes_as_well(empty: Disk) -> None:
+    """Each page of a hole may have been refused before, when the kernel read ahead: see data_ahead.py."""
+    model = bytearray(SIZE)
+    for offset in (0, 2 * OBJECT):
+        model[offset : offset + MIB] = data = random_bytes(MIB, seed=offset)
+        empty.stored.write(data, offset)
+    with opened(empty.path, os.O_RDONLY) as file:
+        for begin in (0, 2 * OBJECT):
+            assert os.lseek(file, begin, os.SEEK_DATA) == begin
+            for offset in range(begin, begin + MIB, MIB // 4):
+                assert_same(
+                    os.pread(file, MIB // 4, offset), model[offset : offset + MIB // 4], offset, "run"
+                )
+        with mmap.mmap(file, SIZE, prot=mmap.PROT_READ) as mapping:
+            assert_same(mapping[OBJECT : 2 * OBJECT], bytes(OBJECT), OBJECT, "mapped hole")
+        assert_same(os.pread(file, SIZE, 0), model, 0, "all of it")
+        with opened(empty.path, os.O_WRONLY) as other:
+            os.pwrite(other, b"new", MIB + 5)
+        assert os.pread(file, 3, MIB + 5) == b"new"
+
+
 def test_data_and_holes_are_told_from_any_offset(empty: Disk) -> None:
     model = bytearray(SIZE)
     for offset, length in ((70_001, 3), (2 * OBJECT - 5000, 10_000)):

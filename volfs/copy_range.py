@@ -1,8 +1,4 @@
-"""Copying ranges from one open volume to another, whatever their drivers, with many requests under way.
-
-A program that copies a sparse volume asks for one run of data after the other, and waits for each. So what follows the
-range that it asked for, past the hole, is read in advance once it turns out to go on like that.
-"""
+"""Copying ranges from one open volume to another, whatever their drivers, with many requests under way."""
 
 from __future__ import annotations
 
@@ -11,65 +7,13 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from volfs.data_ahead import DataAhead, piece_length
 from volfs.errors import VolfsError
-from volfs.readahead import Piece, Spawn
 from volfs.volume import Volume
 
-PIECE = 2 * 1024 * 1024  # bytes of one read and the write that follows
-PIECES = 16  # under way at once, holes too; and read in advance
+PIECES = 16  # under way at once, each read and then written; holes too
 
 Interrupted = Callable[[], bool]
-
-
-class DataAhead:
-    """The source of copies by one handle: reads, and what was read in advance.
-
-    As old as ReadAhead's bytes may be, and never from before a write of ours. `spawn` and `window` are as there.
-    """
-
-    def __init__(self, volume: Volume, window: int, spawn: Spawn) -> None:
-        self.volume = volume
-        self._spawn = spawn
-        self._most = min(PIECES, window // PIECE)
-        self._pieces: dict[int, Piece] = {}  # by offset
-        self._next = -1  # the data that follows what was copied last
-
-    async def pread(self, offset: int, length: int) -> bytes:
-        """As Volume.pread."""
-        piece = self._pieces.pop(offset, None)
-        if piece is not None:
-            data = await piece.read(offset, length)
-            if data is not None:
-                return data
-        return await self.volume.pread(offset, length)
-
-    def copied(self, begin: int, end: int) -> None:
-        """A copy of this range was begun: read on behind it if it follows the one before."""
-        if self._most:
-            follows, self._next = begin == self._next, -1
-            self._spawn(lambda: self._read_on(end, follows))
-
-    async def _read_on(self, offset: int, follows: bool) -> None:
-        # What is of no use any more, as well: read on from here, nothing before it will be asked for.
-        self._pieces = {
-            begin: piece for begin, piece in self._pieces.items() if begin >= offset and piece.fresh
-        }
-        size, first = self.volume.properties.size, True
-        try:
-            while offset < size and (first or (follows and len(self._pieces) < self._most)):
-                extent = await self.volume.extent(offset, size - offset)
-                if not extent.data:
-                    offset = extent.end
-                    continue
-                if first:
-                    self._next, first = offset, False
-                length = piece_length(offset, extent.length)
-                if follows and offset not in self._pieces:
-                    self._pieces[offset] = piece = Piece(self.volume, offset, length)
-                    self._spawn(piece.fetch)
-                offset += length
-        except VolfsError:
-            pass  # who asks for it will be told
 
 
 async def copy_range(
@@ -97,11 +41,6 @@ async def copy_range(
         raise VolfsError(f"{target.source.url}: copy: the ranges overlap", errno.EINVAL)
     copy = _Copy(source, target, target_offset - source_offset, interrupted)
     return await copy.run(source_offset, source_offset + length) - source_offset
-
-
-def piece_length(offset: int, length: int) -> int:
-    """How much of a run of data that begins there is one piece: they meet at multiples of PIECE."""
-    return min(length, PIECE - offset % PIECE)
 
 
 class _Copy:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from volfs import extents
 from volfs.backends.base import Backend
-from volfs.copy_range import DataAhead, Interrupted, copy_range
+from volfs.copy_range import Interrupted, copy_range
+from volfs.data_ahead import DataAhead
 from volfs.errors import VolfsError, VolumeNotFound
 from volfs.fuse.tree import VolumeNode
 from volfs.readahead import ReadAhead, Spawn
@@ -40,7 +41,7 @@ class OpenFile:
     pid: int
     failures_seen: int
     ahead: ReadAhead | None  # of an O_DIRECT handle; for others the kernel reads ahead
-    data_ahead: DataAhead  # of copies from it
+    data_ahead: DataAhead  # of copies from it, and of reads past holes that the kernel's would stop at
     untouched: bool = True  # nothing was asked of it yet
     read_to: int = 0  # the end of what was read so far
     rewriting: Rewriting | None = None  # it was opened with O_TRUNC
@@ -49,6 +50,8 @@ class OpenFile:
     def start_read(self, offset: int, length: int, sink: object) -> bool:
         """Begin a read whose bytes go to the sink; False when it takes a task (`read`) to do it."""
         self.closing = self.untouched = False
+        if self.ahead is None and self.data_ahead.expects(offset):
+            return False
         if not (self.ahead or self.volume).start_read(offset, length, sink):
             return False
         self.read_to = max(self.read_to, min(offset + length, self.volume.properties.size))
@@ -66,7 +69,7 @@ class OpenFile:
 
     async def read(self, offset: int, length: int) -> bytes:
         self.closing = self.untouched = False
-        data = await (self.ahead or self.volume).pread(offset, length)
+        data = await (self.ahead.pread if self.ahead else self.data_ahead.read)(offset, length)
         if data:
             self.read_to = max(self.read_to, offset + len(data))
         return data
@@ -99,6 +102,8 @@ class OpenFile:
         while at < size:
             end, data = await self._run_of_blocks(at, size)
             if data == (whence == os.SEEK_DATA):
+                if data:
+                    self.data_ahead.seeked(max(at, offset))
                 return max(at, offset)
             at = end
         if whence == os.SEEK_DATA:
