@@ -6,6 +6,7 @@ test_copy_in_the_mount.py has copy_file_range(2), test_holes_tools.py the progra
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -305,13 +306,10 @@ def test_a_range_is_zero_at_once_and_what_is_around_it_stays(disk: Disk, mode: i
 
 
 @slow
-@by_each_zeroing
-def test_what_is_zero_is_so_after_a_remount(
-    empty: Disk, tmp_path_factory: pytest.TempPathFactory, mode: int
-) -> None:
+def test_what_is_zero_is_so_after_a_remount(empty: Disk, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = bytearray(empty.fill(4))
     stored = empty.stored
-    for offset, length in RANGES:
+    for (offset, length), mode in zip(RANGES, itertools.cycle(BOTH_ZEROINGS.values()), strict=False):
         with mounted(tmp_path_factory.mktemp("again"), [stored.prefix], env=stored.environment) as mount:
             path = mount.path.joinpath(stored.driver, *stored.place)
             assert_same(path.read_bytes(), model, 0, "mounted again")

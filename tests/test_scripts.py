@@ -30,6 +30,23 @@ def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+def interrupt_demo(*arguments: str, **environment: str) -> None:
+    """Send SIGINT, as Ctrl-C does, once it has mounted; it is to end by that."""
+    with subprocess.Popen(
+        [DEMO, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    ) as process:
+        wait_until(lambda: is_mounted(MOUNTPOINT), "mounted", 60)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+
+
 def plain(text: str) -> str:
     """Without colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
@@ -86,47 +103,38 @@ def test_the_local_tour(nothing_left: None) -> None:
 
 
 @pytest.mark.slow
-def test_the_tour_from_ceph_to_iscsi_and_back(services: Services, nothing_left: None) -> None:
-    """On the services that run already, which it leaves running."""
-    require_fuse()
-    images = services.json("rbd", "ls", "--format", "json", "rbd")
-    done = demo(VOLFS_VAR=str(services.var))
-    shown = plain(done.stdout)
-    assert done.returncode == 0, f"{shown}\n{done.stderr}"
-    assert "Identical" in shown
-    sums = checksums(shown)
-    assert len(sums) == 3
-    assert len(set(sums)) == 1
-    assert services.json("rbd", "ls", "--format", "json", "rbd") == images
-    assert services_command("status", var=services.var).returncode == 0
-
-
-@pytest.mark.slow
-def test_the_tour_stops_the_services_that_it_started(tmp_path: Path, nothing_left: None) -> None:
+def test_the_tour_from_ceph_to_iscsi_and_back_stops_the_services_that_it_started(
+    tmp_path: Path, nothing_left: None
+) -> None:
     require_fuse()
     try:
         done = demo(VOLFS_VAR=str(tmp_path))
-        assert done.returncode == 0, f"{plain(done.stdout)}\n{done.stderr}"
+        shown = plain(done.stdout)
+        assert done.returncode == 0, f"{shown}\n{done.stderr}"
+        assert "Identical" in shown
+        sums = checksums(shown)
+        assert len(sums) == 3
+        assert len(set(sums)) == 1
         assert script.running(script.Place(tmp_path)) == {}
     finally:
         services_command("stop", "--purge", var=tmp_path)
 
 
 @pytest.mark.slow
+def test_interrupted_on_services_that_ran_before_it_leaves_them_running(
+    services: Services, nothing_left: None
+) -> None:
+    require_fuse()
+    images = services.json("rbd", "ls", "--format", "json", "rbd")
+    interrupt_demo(VOLFS_VAR=str(services.var))
+    assert services.json("rbd", "ls", "--format", "json", "rbd") == images
+    assert services_command("status", var=services.var).returncode == 0
+
+
+@pytest.mark.slow
 def test_interrupted_it_leaves_nothing(nothing_left: None) -> None:
     require_fuse()
-    with subprocess.Popen(
-        [DEMO, "--local"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        wait_until(lambda: is_mounted(MOUNTPOINT), "mounted", 60)
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    interrupt_demo("--local")
 
 
 def test_it_says_in_one_line_when_the_services_cannot_start(tmp_path: Path, nothing_left: None) -> None:
