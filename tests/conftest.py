@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from commands import run  # noqa: F401
 from disks import disk, make_disk, own_disk, shared_disk  # noqa: F401
+from hypothesis import settings
 from mounts import Mount, mounted
 from services import (  # noqa: F401
     loop_device,
@@ -27,6 +28,10 @@ from volfs.native import load_first
 load_first(
     "rbd_image"
 )  # before a test loads python-rbd for its own ends: a driver in this process needs that order
+
+# How long an example takes depends on what else this machine does; pytest-timeout ends one that hangs.
+settings.register_profile("volfs", deadline=None)
+settings.load_profile("volfs")
 
 MakeVolume = Callable[..., StoredVolume]
 

@@ -139,29 +139,32 @@ class Image:
         with self._pool() as pool, rbd.Image(pool, self.name) as image:
             image.write(data, offset)
 
-    @contextlib.contextmanager
-    def _pool(self) -> Iterator[Any]:
-        import rados
+    def _pool(self) -> contextlib.AbstractContextManager[Any]:
+        return self.services.open_pool(self.pool, self.namespace)
 
-        conf = str(self.services.ceph_conf)
-        with (
-            rados.Rados(conffile=conf, name="client.admin") as cluster,
-            cluster.open_ioctx(self.pool) as pool,
-        ):
-            pool.set_namespace(self.namespace)
-            yield pool
+    def watchers(self) -> list[str]:
+        """The addresses of who has it open for writing (or holds a lock); [] once everybody has closed it."""
+        import rbd
 
-    def watchers(self) -> list[dict[str, Any]]:
-        """Who has it open for writing (or holds a lock); [] once everybody has closed it."""
-        return list(self.services.json("rbd", "status", "--format", "json", self.spec)["watchers"])
+        with self._pool() as pool, rbd.Image(pool, self.name, read_only=True) as image:
+            return [watcher["addr"] for watcher in image.watchers_list()]
 
     def lockers(self) -> list[dict[str, Any]]:
         return list(self.services.json("rbd", "lock", "ls", "--format", "json", self.spec))
 
     def snapshot(self, name: str) -> str:
         """Take one; returns its "@name". Goes away with the image."""
-        self.services.run("rbd", "snap", "create", "--no-progress", f"{self.spec}@{name}")
+        import rbd
+
+        with self._pool() as pool, rbd.Image(pool, self.name) as image:
+            image.create_snap(name)
         return f"@{name}"
+
+    def resize(self, size: int) -> None:
+        import rbd
+
+        with self._pool() as pool, rbd.Image(pool, self.name) as image:
+            image.resize(size)
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,28 @@ class Services:
 
     def json(self, *command: str) -> Any:
         return json.loads(self.run(*command))
+
+    @contextlib.contextmanager
+    def open_pool(self, name: str, namespace: str = "") -> Iterator[Any]:
+        """As client.admin, on one connection for all tests: to make one takes as long as most of what it is for."""
+        if self.ceph_conf not in _clusters:
+            import rados
+
+            cluster = rados.Rados(conffile=str(self.ceph_conf), name="client.admin")
+            cluster.connect()
+            _clusters[self.ceph_conf] = cluster
+        with _clusters[self.ceph_conf].open_ioctx(name) as pool:
+            pool.set_namespace(namespace)
+            yield pool
+
+
+_clusters: dict[Path, Any] = {}  # connected, by configuration
+
+
+def disconnect(services: Services) -> None:
+    cluster = _clusters.pop(services.ceph_conf, None)
+    if cluster is not None:
+        cluster.shutdown()
 
 
 def services_command(*arguments: str, var: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -268,7 +293,11 @@ def running_services() -> Iterator[Services]:
         started = services_command("start")
         if started.returncode:  # installed, but it does not work: never a reason to skip
             pytest.fail(started.stderr.strip(), pytrace=False)
-        yield describe(var)
+        described = describe(var)
+        try:
+            yield described
+        finally:
+            disconnect(described)
         if not ran_before and is_last(users):
             services_command("stop")
 
@@ -294,7 +323,13 @@ def image(
 ) -> Iterator[Image]:
     """A new image; `options` go to `rbd create` (--image-feature, --object-size, --data-pool, ...)."""
     made = Image(services, pool, name or f"test-{secrets.token_hex(4)}", size, namespace)
-    services.run("rbd", "create", "--size", f"{size}B", *options, made.spec)
+    if options:
+        services.run("rbd", "create", "--size", f"{size}B", *options, made.spec)
+    else:
+        import rbd
+
+        with services.open_pool(pool, namespace) as opened:
+            rbd.RBD().create(opened, made.name, size)
     try:
         yield made
     finally:
@@ -303,21 +338,22 @@ def image(
 
 def remove_image(image: Image) -> None:
     """Waits for the watch of a client that was killed to run out."""
+    import rbd
+
     deadline = time.monotonic() + WATCH_SECONDS
-    with contextlib.suppress(subprocess.CalledProcessError):
-        image.services.run("rbd", "rm", "--no-progress", image.spec)
-        return
-    if not exists(image):
-        return  # the test removed it
+    with image.services.open_pool(image.pool, image.namespace) as pool:
+        try:
+            rbd.RBD().remove(pool, image.name)
+        except rbd.ImageNotFound:
+            return  # the test removed it
+        except rbd.Error:  # it has snapshots, or a watcher
+            pass
+        else:
+            return
     image.services.run("rbd", "snap", "purge", "--no-progress", image.spec)
     while image.watchers() and time.monotonic() < deadline:
         time.sleep(0.5)
     image.services.run("rbd", "rm", "--no-progress", image.spec)
-
-
-def exists(image: Image) -> bool:
-    place = "/".join(part for part in (image.pool, image.namespace) if part)
-    return image.name in image.services.json("rbd", "ls", "--format", "json", place)
 
 
 @contextlib.contextmanager

@@ -182,7 +182,7 @@ STEPS = st.tuples(
 
 
 @given(steps=st.lists(STEPS, max_size=15))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_sequence_of_requests_does_what_a_bytearray_does(
     stored: StoredVolume, steps: list[tuple[str, int, int]]
 ) -> None:

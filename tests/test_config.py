@@ -429,7 +429,7 @@ def to_toml(value: Any) -> str:
     raise AssertionError(value)
 
 
-fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzz

@@ -161,7 +161,7 @@ async def follow(make: Callable[[], StoredVolume], start: str, steps: Sequence[S
 
 
 @given(start=STARTS, steps=st.lists(STEPS, max_size=20))
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_a_short_sequence_does_what_a_bytearray_does(
     make: Callable[[], StoredVolume], start: str, steps: list[Step]
 ) -> None:
@@ -172,7 +172,6 @@ async def test_a_short_sequence_does_what_a_bytearray_does(
 @given(start=STARTS, steps=st.lists(STEPS, min_size=LONG_SEQUENCE, max_size=LONG_SEQUENCE))
 @settings(
     max_examples=max(1, LONG_STEPS // LONG_SEQUENCE),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 async def test_thousands_of_steps_do_what_a_bytearray_does(

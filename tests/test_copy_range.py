@@ -229,7 +229,7 @@ async def test_a_target_that_shrinks_is_enospc_where_it_ends(autojump_clock: Moc
     latencies=st.lists(st.sampled_from([0.0, LATENCY, 9 * LATENCY]), max_size=40),
     patience=st.none() | st.integers(0, 40),
 )
-@settings(deadline=None, max_examples=LONG_STEPS // 100)
+@settings(max_examples=LONG_STEPS // 100)
 def test_what_is_told_as_copied_is_copied_whatever_goes_wrong(
     holes: set[int],
     begin: int,

@@ -118,7 +118,7 @@ class NoDescriptor(io.BytesIO):
     buffering=st.sampled_from([-1, 0]),
     verify=st.booleans(),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_target_is_the_source_whatever_has_holes_and_is_refused(
     tmp_path: Path,
     source_runs: Runs,
@@ -162,7 +162,7 @@ def test_the_target_is_the_source_whatever_has_holes_and_is_refused(
 
 
 @given(source_runs=runs, target_runs=runs, refused=refusals, block_size=st.sampled_from([BLOCK, 8 * BLOCK]))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 def test_the_target_is_no_larger_than_the_data_of_the_source(
     tmp_path: Path, source_runs: Runs, target_runs: Runs, refused: dict[str, int], block_size: int
 ) -> None:

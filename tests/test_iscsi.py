@@ -368,7 +368,7 @@ async def test_neighbours_in_one_block_do_not_lose_each_others_bytes(
         st.tuples(st.integers(0, 20000), st.binary(min_size=1, max_size=9000)), min_size=1, max_size=6
     )
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_offset_and_length(target: Target, writes: list[tuple[int, bytes]]) -> None:
     async def run() -> None:
         model = bytearray(32768)

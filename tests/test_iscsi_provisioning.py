@@ -206,7 +206,7 @@ STEPS = st.tuples(
 
 
 @given(steps=st.lists(STEPS, min_size=1, max_size=12))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_sequence_leaves_what_a_bytearray_holds(
     target: Target, thin: tuple[int, Path], steps: list[tuple[str, int, int]]
 ) -> None:

@@ -66,7 +66,6 @@ class Bytes:
 
 
 @given(steps=st.lists(STEPS, max_size=30))
-@settings(deadline=None)
 def test_what_is_remembered_is_what_was_learnt_and_not_changed_since(
     steps: list[tuple[str, object, object]],
 ) -> None:
@@ -139,7 +138,7 @@ EVENTS = st.lists(
 
 
 @given(events=EVENTS)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_no_data_is_hidden_however_questions_and_writes_overlap(
     events: list[tuple[str, tuple[int, int], int]],
 ) -> None:

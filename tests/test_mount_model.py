@@ -376,7 +376,7 @@ def volumes_on_mount(
 
 
 @given(starts=START, steps=st.lists(STEPS, max_size=20))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_a_short_sequence_does_what_bytearrays_do(
     volumes_on_mount: VolumesOnMount, starts: Sequence[str], steps: list[Step]
 ) -> None:
@@ -387,7 +387,6 @@ def test_a_short_sequence_does_what_bytearrays_do(
 @given(starts=START, steps=st.lists(STEPS, min_size=LONG_SEQUENCE, max_size=LONG_SEQUENCE))
 @settings(
     max_examples=max(1, LONG_STEPS // 2 // LONG_SEQUENCE),  # one takes longer than on a driver alone
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 def test_thousands_of_steps_do_what_bytearrays_do(
@@ -398,9 +397,7 @@ def test_thousands_of_steps_do_what_bytearrays_do(
 
 @pytest.mark.slow
 @given(starts=START, lives=st.lists(st.lists(STEPS, min_size=5, max_size=10), min_size=2, max_size=3))
-@settings(
-    max_examples=max(2, LONG_STEPS // 1000), deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(max_examples=max(2, LONG_STEPS // 1000), suppress_health_check=[HealthCheck.too_slow])
 def test_a_new_mount_shows_what_the_old_one_left(
     volumes_on_mount: VolumesOnMount, starts: Sequence[str], lives: list[list[Step]]
 ) -> None:

@@ -249,7 +249,7 @@ async def test_an_answer_that_does_not_come_is_a_timeout(bench: Bench, autojump_
     steps=st.lists(st.tuples(st.sampled_from("wr"), st.integers(0, 60), st.integers(1, 40)), max_size=30),
     seed=st.integers(0, 1 << 16),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_reads_see_what_was_written_in_whatever_order_it_is_confirmed(
     steps: list[tuple[str, int, int]], seed: int
 ) -> None:

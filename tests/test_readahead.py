@@ -236,7 +236,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_nobody_can_tell_by_the_bytes(steps: list[tuple[str, int, int]]) -> None:
     """Reads, writes through the same volume, and other clients' writes that the reader waited for."""
 

@@ -162,7 +162,7 @@ async def test_what_another_call_is_about_to_write_is_reached_by_zeros_and_left_
     at_once=st.booleans(),
     finish=st.booleans(),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_like_a_regular_file_up_to_where_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, writes: list[tuple[int, int]], at_once: bool, finish: bool
 ) -> None:

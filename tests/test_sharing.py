@@ -727,7 +727,7 @@ def test_a_fenced_client_gets_an_errno_in_time_and_works_again_after_a_new_mount
         os.pwrite(writer, b"before", 0)
         os.fsync(writer)
         assert os.pread(reader, 6, 0) == bytes(6)
-        (address,) = [watcher["address"] for watcher in written.watchers()]
+        (address,) = written.watchers()
         services.run("ceph", "osd", "blocklist", "add", address)
         try:
 

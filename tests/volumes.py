@@ -175,12 +175,11 @@ class RbdVolume(StoredVolume):
         self.image.write(data, offset)
 
     def resize(self, size: int) -> None:
-        run = self.image.services.run
-        run("rbd", "resize", "--no-progress", "--allow-shrink", "--size", f"{size}B", self.image.spec)
+        self.image.resize(size)
         self.size = size
 
     def users(self) -> list[str]:
-        return [str(watcher["address"]) for watcher in self.image.watchers()]
+        return self.image.watchers()
 
     def evict(self) -> None:
         for address in self.users():
