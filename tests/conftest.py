@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import guest
 import pytest
 from commands import run  # noqa: F401
 from disks import disk, make_disk, own_disk, shared_disk  # noqa: F401
 from hypothesis import settings
+from kernel_targets import iscsid, kernel_target, multipathd  # noqa: F401
+from lvm import new_group  # noqa: F401
 from mounts import Mount, mounted
 from services import (  # noqa: F401
     loop_device,
@@ -34,6 +37,10 @@ settings.register_profile("volfs", deadline=None)
 settings.load_profile("volfs")
 
 MakeVolume = Callable[..., StoredVolume]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(guest.plugin(config), "volfs-guest")
 
 
 @pytest.fixture
