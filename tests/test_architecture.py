@@ -39,15 +39,15 @@ LAYERS = """
     volfs.fuse
     volfs.copy_range
     volfs.readahead volfs.rewriting
-    volfs.attached volfs.source volfs.volume
+    volfs.attached volfs.recovery volfs.source volfs.volume
     volfs.known_extents
     volfs.backends.registry
     volfs.backends
     DRIVERS
     volfs.backends.local
-    volfs.backends.base
+    volfs.backends.base volfs.journal
     volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
-    volfs.native
+    volfs.native volfs.runtime
     volfs.errors volfs.extents volfs.identity
     volfs.version
 """
