@@ -121,7 +121,7 @@ def test_what_was_not_finished_is_removed_and_what_is_not_ours_is_left(runtime: 
 def test_what_cannot_be_noted_is_an_error_before_it_is_done(runtime: Path) -> None:
     runtime.mkdir(mode=0o700)
     runtime.joinpath("journal").write_text("in the way")
-    with pytest.raises(BackendError, match="journal .*: expected a directory"):
+    with pytest.raises(BackendError, match=r"journal .*: expected a directory"):
         journal.record("block", FACTS)
 
 
