@@ -6,10 +6,8 @@ Devices are given one by one, or as a directory of device nodes such as /dev/map
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +16,12 @@ import msgspec
 import trio
 
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
-from volfs.backends.local import THREADS, LocalVolume, local_errors, normal_path, volume_path
+from volfs.backends.block_device import BlockDevice, open_device
+from volfs.backends.local import local_errors, normal_path, volume_path
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 from volfs.identity import local_identity
 
-PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-BLKSSZGET = 0x1268  # logical block size, linux/fs.h
+THREADS = 8  # that list and look
 
 
 class BlockSource(Source, frozen=True, kw_only=True):
@@ -120,24 +118,12 @@ class BlockBackend(Backend):
         with local_errors("stat", source.path):
             return await trio.to_thread.run_sync(self._info, source, limiter=self._threads)
 
-    async def open(self, source: Source, *, writable: bool) -> LocalVolume:
+    async def open(self, source: Source, *, writable: bool) -> BlockDevice:
         assert isinstance(source, BlockSource)
         if writable and (await self.stat(source)).read_only:
             raise BackendError(f"{source.url}: read-only", errno.EROFS)
-        with local_errors("open", source.path):
-            fd, block_size = await trio.to_thread.run_sync(
-                _open_device, source.path, writable, limiter=self._threads
-            )
-        return LocalVolume(
-            fd,
-            source.url,
-            writable=writable,
-            block_size=block_size,
-            # fallocate(2) of a device takes whole blocks. Whole pages here, since older kernels let a write to one
-            # part of a page read in the other part while that is zeroed on the disk, and write its old bytes back.
-            zero_unit=max(block_size, PAGE_SIZE),
-            can_resize=False,
-            threads=self._threads,
+        return await open_device(
+            source.path, name=source.url, writable=writable, timeout=self.settings.timeout
         )
 
     def _scan(self) -> Sequence[Entry]:
@@ -168,15 +154,3 @@ class BlockBackend(Backend):
             read_only=ro or source.read_only or self.settings.read_only,
             identity=local_identity(status),
         )
-
-
-def _open_device(path: str, writable: bool) -> tuple[int, int]:
-    fd = os.open(path, os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY))
-    try:
-        if not stat.S_ISBLK(os.fstat(fd).st_mode):
-            raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
-        (block_size,) = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, b"\0" * 4))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, block_size
