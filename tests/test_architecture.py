@@ -57,7 +57,7 @@ LAYERS = """
 DRIVERS = {
     "rbd": "rbd rbd_cluster rbd_extents rbd_header rbd_image rbd_object_map rbd_writes rbd_zeroes",
     "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_session iscsi_source iscsi_volume scsi",
-    "block": "block",
+    "block": "block lvm lvm_activation lvm_reports",
     "file": "file",
 }
 

@@ -6,10 +6,10 @@ the thread has a buffer of its own, and no memory of anybody else; the descripto
 come back, since the next file to be opened would get its number, and a late write. When the threads are all taken by
 such requests, others time out in the queue.
 
-Threads, and not io_uring: on a loop device the two came out alike (randread and randwrite of 4 KiB, 32 under way: 25000
-and 28000 a second, 20000 and 26000 by PyPI's liburing 2026.3.30; one under way: 7400 and 7500; 1 MiB: 680 MB/s and 640),
-and that binding reads into bytearrays only, which begin where they will, and wants Linux 6.14. Of our own, and not trio's
-worker threads: those did 8200 and 4800.
+Threads, and not io_uring: on a loop device the two came out alike (randread and randwrite of 4 KiB, 32 under way:
+25000 and 28000 a second, 20000 and 26000 by PyPI's liburing 2026.3.30; one under way: 7400 and 7500; 1 MiB read, four
+under way: 680 MB/s and 640), and that binding reads into bytearrays only, which begin where they will, and wants
+Linux 6.14. Threads of our own, and not trio's: those did 8200 and 4800.
 """
 
 from __future__ import annotations
