@@ -40,24 +40,25 @@ LAYERS = """
     volfs.copy_range
     volfs.data_ahead
     volfs.readahead volfs.rewriting
-    volfs.attached volfs.source volfs.volume
+    volfs.attached volfs.recovery volfs.source volfs.volume
     volfs.known_extents
     volfs.backends.registry
     volfs.backends
     DRIVERS
-    volfs.backends.local
-    volfs.backends.base
+    volfs.backends.block_device
+    volfs.backends.device_requests volfs.backends.local
+    volfs.backends.block_ranges
+    volfs.backends.base volfs.journal
     volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
-    volfs.native
+    volfs.native volfs.runtime
     volfs.errors volfs.extents volfs.identity
     volfs.version
 """
 # The modules of a driver may know each other (without cycles), but not another driver's.
 DRIVERS = {
     "rbd": "rbd rbd_cluster rbd_extents rbd_header rbd_image rbd_object_map rbd_writes rbd_zeroes",
-    "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_ranges iscsi_session iscsi_source iscsi_volume"
-    " scsi",
-    "block": "block",
+    "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_session iscsi_source iscsi_volume scsi",
+    "block": "block lvm lvm_activation lvm_reports",
     "file": "file",
 }
 

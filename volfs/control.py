@@ -21,6 +21,7 @@ import msgspec
 
 from volfs import errors
 from volfs.errors import ControlError, VolfsError
+from volfs.runtime import runtime_directory
 from volfs.version import VERSION
 
 PROTOCOL = 1
@@ -180,14 +181,6 @@ def failure(exc: OSError) -> Failed:
     """The reply for an exception."""
     kind = type(exc).__name__ if isinstance(exc, VolfsError) else "VolfsError"
     return Failed(kind=kind, errno=exc.errno or errno.EIO, message=errors.error_text(exc))
-
-
-def runtime_directory() -> str:
-    """The user's directory for sockets: $XDG_RUNTIME_DIR/volfs, /run/volfs for root, or /tmp/volfs-<uid>."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base:
-        return os.path.join(base, "volfs")
-    return "/run/volfs" if os.geteuid() == 0 else f"/tmp/volfs-{os.geteuid()}"
 
 
 def default_socket() -> str:

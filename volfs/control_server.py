@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
@@ -27,6 +26,7 @@ from volfs.control import (
     peer_credentials,
 )
 from volfs.errors import ControlError
+from volfs.runtime import private_directory
 from volfs.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -105,22 +105,6 @@ def _refuse_others(path: str) -> None:
     if not stat.S_ISSOCK(mode):
         raise ControlError(
             f"{path}: expected the path of a control socket; something else is there", errno.EEXIST
-        )
-
-
-def private_directory(path: str) -> None:
-    """Make sure of a directory that only this user can enter. ControlError when it is somebody else's."""
-    try:
-        with contextlib.suppress(FileExistsError):  # of something else, which is refused below
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        status = os.lstat(path)
-    except OSError as exc:
-        raise ControlError(f"{path}: {exc.strerror}", exc.errno) from exc
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise ControlError(f"{path}: expected a directory of user {os.geteuid()}", errno.EPERM)
-    if stat.S_IMODE(status.st_mode) & 0o022:
-        raise ControlError(
-            f"{path}: others may write there (mode {stat.S_IMODE(status.st_mode):04o})", errno.EPERM
         )
 
 

@@ -1,7 +1,8 @@
 """The daemon: start and stop order, signals, readiness, and what clients' requests do.
 
-Start: control socket, backends (not connected), mount, main loop, ready. Stop is the start read backwards, with every
-volume flushed and closed before the mount goes; whatever fails then is counted and decides the exit code.
+Start: control socket, cleaning up what a killed daemon left, backends (not connected), mount, main loop, ready. Stop
+is the start read backwards, with every volume flushed and closed before the mount goes; whatever fails then is counted
+and decides the exit code.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 
 import trio
 
-from volfs import control
+from volfs import control, recovery
 from volfs.attached import Attachment, Attachments
 from volfs.backends.registry import Backends
 from volfs.config import Config
@@ -52,6 +53,8 @@ async def run(
         control_socket(socket_path) as listener,
         trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
     ):
+        # A signal that comes meanwhile waits, and is obeyed as soon as there is a main loop that can be ended.
+        await recovery.clean_up()
         daemon = Daemon(config, mountpoint, socket_path)
         filesystem = daemon.filesystem()
         try:

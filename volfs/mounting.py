@@ -16,8 +16,8 @@ import trio
 from volfs import control, daemon
 from volfs.attached import check_name
 from volfs.config import Config
-from volfs.control_server import private_directory
 from volfs.errors import ConfigError, ControlError, MountError, SourceError, VolfsError
+from volfs.runtime import private_directory
 from volfs.source import parse_connection_info, parse_source
 
 READY = b"ready"

@@ -279,6 +279,17 @@ class Backend(trio.abc.AsyncResource):
     async def aclose(self) -> None:
         """Let go of connections. Volumes opened here are closed before, by their owners."""
 
+    @classmethod
+    async def clean_up(cls, facts: Mapping[str, Any]) -> None:
+        """Undo what a dead process left on this machine, by the facts of its journal record (volfs/journal.py).
+
+        What is undone already is fine. An error keeps the record for the next start of a daemon; the caller sets a
+        deadline. For drivers that change this machine to open a volume.
+        """
+        raise BackendError(
+            f"driver {cls.driver} leaves nothing behind that it could clean up", errno.EOPNOTSUPP
+        )
+
 
 @contextlib.contextmanager
 def deadline(seconds: float, doing: str) -> Iterator[None]:
