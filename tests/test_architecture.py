@@ -44,7 +44,9 @@ LAYERS = """
     volfs.backends.registry
     volfs.backends
     DRIVERS
-    volfs.backends.local
+    volfs.backends.brick_volume
+    volfs.backends.brick_connection volfs.backends.raw_file
+    volfs.backends.brick_library volfs.backends.local
     volfs.backends.base volfs.journal
     volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
     volfs.native volfs.runtime
@@ -58,6 +60,7 @@ DRIVERS = {
     " scsi",
     "block": "block",
     "file": "file",
+    "brick": "brick",
 }
 
 # What a program that only wants a file must not have to load.
@@ -136,6 +139,8 @@ def test_there_are_no_import_cycles() -> None:
         ("rados", "volfs.backends.rbd"),
         ("typer", "volfs.cli"),
         ("tomllib", "volfs.config"),
+        ("os_brick", "volfs.backends.brick_library"),
+        ("oslo_utils", "volfs.backends.brick_library"),
     ],
 )
 def test_a_library_is_one_packages_business(library: str, importers: str) -> None:
@@ -144,7 +149,7 @@ def test_a_library_is_one_packages_business(library: str, importers: str) -> Non
     assert [name for name in found if not name.startswith(importers)] == []
 
 
-@pytest.mark.parametrize("library", ["rbd", "rados"])
+@pytest.mark.parametrize("library", ["rbd", "rados", "os_brick"])
 def test_vendor_libraries_are_imported_when_used(library: str) -> None:
     """At the top of a module they would be needed on machines that only serve files."""
     at_top = [

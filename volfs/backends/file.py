@@ -14,12 +14,11 @@ from typing import ClassVar
 import msgspec
 import trio
 
-from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Extent, Settings, Source, VolumeInfo
-from volfs.backends.local import THREADS, LocalVolume, local_errors, normal_path, volume_path
+from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
+from volfs.backends.local import THREADS, local_errors, normal_path, volume_path
+from volfs.backends.raw_file import FileVolume, open_file
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 from volfs.identity import local_identity
-
-MAX_EXTENTS = 1000  # in one answer; a file written here and there has millions
 
 
 class FileSource(Source, frozen=True, kw_only=True):
@@ -47,13 +46,6 @@ class FileSettings(Settings, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "path", normal_path(self.path))
         except ValueError as exc:
             raise ValueError(f"path: {exc}") from exc
-
-
-class FileVolume(LocalVolume):
-    """An open raw file."""
-
-    async def extents(self, offset: int, length: int) -> Sequence[Extent]:
-        return await self._run(_extents, self._fd, offset, offset + length, doing="extents")
 
 
 class FileBackend(Backend):
@@ -107,16 +99,8 @@ class FileBackend(Backend):
         assert isinstance(source, FileSource)
         if writable and (source.read_only or self.settings.read_only):
             raise BackendError(f"{source.url}: read-only", errno.EROFS)
-        with local_errors("open", source.path):
-            fd = await trio.to_thread.run_sync(_open_regular, source.path, writable, limiter=self._threads)
-        return FileVolume(
-            fd,
-            source.url,
-            writable=writable,
-            block_size=1,
-            zero_unit=1,  # file systems zero parts of blocks themselves
-            can_resize=writable,
-            threads=self._threads,
+        return await open_file(
+            source.path, source.url, writable=writable, can_resize=writable, threads=self._threads
         )
 
     def _scan(self) -> Sequence[Entry]:
@@ -141,43 +125,3 @@ class FileBackend(Backend):
             read_only=source.read_only or self.settings.read_only,
             identity=local_identity(status),
         )
-
-
-def _open_regular(path: str, writable: bool) -> int:
-    # O_NONBLOCK: a FIFO put in the file's place must not hold the thread; regular files ignore it.
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
-    fd = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
-
-
-def _extents(fd: int, begin: int, end: int) -> list[Extent]:
-    """What `BackendVolume.extents` promises, by lseek(2)'s SEEK_DATA and SEEK_HOLE.
-
-    These count as data what the page cache has not written yet; a file system that knows no holes, as data all that is
-    before the end of the file. That they move the descriptor's position harms nobody: all else here says where it
-    reads and writes, and two threads that seek do not need to find the position where they left it.
-    """
-    found: list[Extent] = []
-    while begin < end and len(found) < MAX_EXTENTS:
-        try:
-            data = min(os.lseek(fd, begin, os.SEEK_DATA), end)
-            # Punched since, it may be: then no data is found here, and the next round looks further.
-            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:  # no data from here to the end of the file
-                data = min(max(begin, os.fstat(fd).st_size), end)
-                # Beyond the end, if somebody shortened it behind our back, is no hole: a read tells of the error.
-                hole = end
-            elif exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # such a seek is not known here, as on ramfs
-                data, hole = begin, end
-            else:
-                raise
-        if begin < data:
-            found.append(Extent(begin, data - begin, data=False))
-        if data < hole:
-            found.append(Extent(data, hole - data, data=True))
-        begin = hole
-    return found
