@@ -18,7 +18,7 @@ from volfs.backends.base import BLOCK_UNIT, BackendVolume, Extent, Properties
 from volfs.backends.brick_connection import Connection, Target
 from volfs.backends.local import LocalVolume, local_errors
 from volfs.backends.raw_file import FileVolume, open_file
-from volfs.errors import VolfsError
+from volfs.errors import BackendError, VolfsError
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +173,9 @@ async def open_connected(
     """Connect the volume and open it. Nothing is left when that fails. `resized` is told the size at each refresh."""
     connection = await connections.acquire(target)
     try:
+        # Asked beforehand: the kernel would say EACCES.
+        if writable and not (await look(connection.path, target.name, threads)).writable:
+            raise BackendError(f"{target.name}: read-only", errno.EROFS)
         volume = await _open_path(
             connection.path, target.name, writable=writable, timeout=request_timeout, threads=threads
         )
