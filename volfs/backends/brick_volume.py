@@ -205,11 +205,16 @@ def _look(path: str) -> Properties:
 async def _open_path(
     path: str, name: str, *, writable: bool, timeout: float, threads: trio.CapacityLimiter
 ) -> BackendVolume:
-    with local_errors("open", f"{name}: {path}"):
-        status = await trio.to_thread.run_sync(os.stat, path, limiter=threads)
-    if stat.S_ISREG(status.st_mode):
-        return await open_file(path, name, writable=writable, can_resize=False, threads=threads)
-    return await _open_device(path, name, writable=writable, timeout=timeout, threads=threads)
+    real, is_file = await trio.to_thread.run_sync(_resolve, path, limiter=threads)
+    if is_file:
+        return await open_file(real, name, writable=writable, can_resize=False, threads=threads)
+    return await _open_device(real, name, writable=writable, timeout=timeout, threads=threads)
+
+
+def _resolve(path: str) -> tuple[str, bool]:
+    """The path without links, which os-brick often gives, and whether it is a regular file's."""
+    real = os.path.realpath(path)
+    return real, os.path.isfile(real)
 
 
 async def _open_device(
