@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import guest
 from commands import run  # noqa: F401
 from disks import disk, make_disk, own_disk, shared_disk  # noqa: F401
+from kernel_targets import iscsid, kernel_target, multipathd  # noqa: F401
+from lvm import new_group  # noqa: F401
 from mounts import Mount, mounted
 from services import (  # noqa: F401
     loop_device,
@@ -29,6 +32,10 @@ load_first(
 )  # before a test loads python-rbd for its own ends: a driver in this process needs that order
 
 MakeVolume = Callable[..., StoredVolume]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(guest.plugin(config), "volfs-guest")
 
 
 @pytest.fixture

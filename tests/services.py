@@ -31,16 +31,20 @@ MIB = 1024**2
 WATCH_SECONDS = 45  # librados lets go of the watch of a killed client after 30 s
 
 
+def is_required(service: str) -> bool:
+    return service in os.environ.get("VOLFS_REQUIRE", "").split(",")
+
+
 def skip_or_fail(service: str, reason: str) -> NoReturn:
-    """What a test does without a service (fuse, ceph, iscsi, root): VOLFS_REQUIRE names those that must be there."""
-    if service in os.environ.get("VOLFS_REQUIRE", "").split(","):
+    """What a test does without a service (fuse, ceph, iscsi, root, vm): VOLFS_REQUIRE names those that must be there."""
+    if is_required(service):
         pytest.fail(f"{service} is required: {reason}", pytrace=False)
     pytest.skip(f"{service}: {reason}")
 
 
-def load_script() -> ModuleType:
-    """scripts/services as a module: it knows the standing LUNs and how to make more of them."""
-    loader = SourceFileLoader("volfs_services_script", str(SCRIPT))
+def load_script(path: Path) -> ModuleType:
+    """One of scripts/ as a module: scripts/services knows the standing LUNs and how to make more of them."""
+    loader = SourceFileLoader(f"volfs_{path.name}_script", str(path))
     spec = spec_from_loader(loader.name, loader)
     assert spec is not None
     module = module_from_spec(spec)
@@ -53,7 +57,7 @@ def load_script() -> ModuleType:
     return module
 
 
-script = load_script()
+script = load_script(SCRIPT)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,9 @@ LAYERS = """
     volfs.backends
     DRIVERS
     volfs.backends.brick_volume
-    volfs.backends.brick_connection volfs.backends.raw_file
-    volfs.backends.brick_library volfs.backends.local
+    volfs.backends.brick_connection volfs.backends.block_device volfs.backends.raw_file
+    volfs.backends.brick_library volfs.backends.device_requests volfs.backends.local
+    volfs.backends.block_ranges
     volfs.backends.base volfs.journal
     volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
     volfs.native volfs.runtime
@@ -56,9 +57,8 @@ LAYERS = """
 # The modules of a driver may know each other (without cycles), but not another driver's.
 DRIVERS = {
     "rbd": "rbd rbd_cluster rbd_extents rbd_header rbd_image rbd_object_map rbd_writes rbd_zeroes",
-    "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_ranges iscsi_session iscsi_source iscsi_volume"
-    " scsi",
-    "block": "block",
+    "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_session iscsi_source iscsi_volume scsi",
+    "block": "block lvm lvm_activation lvm_reports",
     "file": "file",
     "brick": "brick",
 }

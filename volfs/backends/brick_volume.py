@@ -15,8 +15,9 @@ import trio
 
 from volfs.backends import brick_connection
 from volfs.backends.base import BLOCK_UNIT, BackendVolume, Extent, Properties
+from volfs.backends.block_device import open_device
 from volfs.backends.brick_connection import Connection, Target
-from volfs.backends.local import LocalVolume, local_errors
+from volfs.backends.local import local_errors
 from volfs.backends.raw_file import FileVolume, open_file
 from volfs.errors import BackendError, VolfsError
 
@@ -208,22 +209,10 @@ async def _open_path(
     real, is_file = await trio.to_thread.run_sync(_resolve, path, limiter=threads)
     if is_file:
         return await open_file(real, name, writable=writable, can_resize=False, threads=threads)
-    return await _open_device(real, name, writable=writable, timeout=timeout, threads=threads)
+    return await open_device(real, name=name, writable=writable, timeout=timeout)
 
 
 def _resolve(path: str) -> tuple[str, bool]:
     """The path without links, which os-brick often gives, and whether it is a regular file's."""
     real = os.path.realpath(path)
     return real, os.path.isfile(real)
-
-
-async def _open_device(
-    path: str, name: str, *, writable: bool, timeout: float, threads: trio.CapacityLimiter
-) -> BackendVolume:
-    with local_errors("open", path):
-        fd = await trio.to_thread.run_sync(
-            os.open, path, os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY), limiter=threads
-        )
-    return LocalVolume(
-        fd, name, writable=writable, block_size=512, zero_unit=4096, can_resize=False, threads=threads
-    )

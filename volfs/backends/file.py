@@ -15,10 +15,12 @@ import msgspec
 import trio
 
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
-from volfs.backends.local import THREADS, local_errors, normal_path, volume_path
+from volfs.backends.local import local_errors, normal_path, volume_path
 from volfs.backends.raw_file import FileVolume, open_file
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 from volfs.identity import local_identity
+
+THREADS = 16  # requests under way at once for one backend; more only wait for the same disk
 
 
 class FileSource(Source, frozen=True, kw_only=True):

@@ -1,8 +1,6 @@
 """One open LUN: its bytes in terms of its blocks.
 
-A request is split into commands that the target takes; their number under way is the session's matter. What begins or
-ends inside a block is read, changed and written back, alone on the blocks it touches, so that neighbours who write
-other bytes of the same block at the same time both find theirs there.
+A request is split into commands that the target takes; their number under way is the session's matter.
 
 Durability. A disk with a volatile cache (Caching mode page, WCE) may forget acknowledged writes until SYNCHRONIZE
 CACHE. When a connection breaks, the initiator cannot tell whether the target has restarted meanwhile: targets greet
@@ -20,7 +18,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,9 +27,9 @@ import trio
 
 from volfs.backends import scsi
 from volfs.backends.base import ZEROES, BackendVolume, Extent, Properties
+from volfs.backends.block_ranges import BlockRanges, whole_blocks
 from volfs.backends.iscsi_disk import Disk, capacity, probe
 from volfs.backends.iscsi_provisioning import Provisioner, Step
-from volfs.backends.iscsi_ranges import BlockRanges
 from volfs.backends.iscsi_session import Request, SenseError, Session
 from volfs.errors import BackendError, BackendTimeout
 
@@ -206,7 +204,11 @@ class IscsiVolume(BackendVolume):
             if whole:
                 self._add_write(request, offset // block_size, data)
             else:
-                for block, part in await self._whole_blocks(offset, data, what, setup):
+
+                def read(block: int) -> Awaitable[bytes]:
+                    return self._read(block, block + 1, what, setup=setup)
+
+                for block, part in await whole_blocks(offset, data, block_size, read):
                     self._add_write(request, block, part)
             await self._session.execute(request)
         finally:
@@ -214,32 +216,6 @@ class IscsiVolume(BackendVolume):
             if blocks is not None:
                 request.when_settled(partial(self._ranges.release, blocks))
             self._writes += 1
-
-    async def _whole_blocks(
-        self, offset: int, data: bytes | memoryview, what: str, setup: bool
-    ) -> list[tuple[int, bytes | memoryview]]:
-        """Complete the first and the last block with what is on the disk. The caller is alone on them."""
-        block_size = self._disk.block_size
-        view = memoryview(data)
-        first, head = divmod(offset, block_size)
-        last, tail = divmod(offset + len(data), block_size)
-        if first == last:
-            old = await self._read(first, first + 1, what, setup=setup)
-            return [(first, b"".join((old[:head], view, old[tail:])))]
-        parts: list[tuple[int, bytes | memoryview]] = []
-        start, stop = 0, len(data)
-        if head:
-            old = await self._read(first, first + 1, what, setup=setup)
-            start = block_size - head
-            parts.append((first, old[:head] + bytes(view[:start])))
-            first += 1
-        if tail:
-            old = await self._read(last, last + 1, what, setup=setup)
-            stop -= tail
-            parts.append((last, bytes(view[stop:]) + old[tail:]))
-        if start < stop:
-            parts.append((first, view[start:stop]))
-        return parts
 
     def _add_write(self, request: Request, first: int, data: bytes | memoryview) -> None:
         """Add the commands that write whole blocks from `first` on."""

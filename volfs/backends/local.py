@@ -1,28 +1,25 @@
-"""A file descriptor of this machine as an open volume: what the file and block drivers have in common.
+"""A file descriptor of this machine as an open volume: what files and block devices have in common.
 
-Requests run in threads, since Linux has no asynchronous buffered I/O. They carry no deadline: a thread inside the
-kernel cannot be called back, and one that writes must not be left behind unnoticed. Long ranges are zeroed in steps
-for the same reason: a cancelled caller waits for one step, not for a terabyte.
+Requests run in threads. Long ranges are zeroed in steps: a thread inside the kernel cannot be called back, and whoever
+waits for it is to wait for one step, not for a terabyte.
 """
 
 from __future__ import annotations
 
+import abc
 import errno
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
-
-import trio
 
 from volfs import extents
 from volfs.backends.base import ZEROES, BackendVolume, Properties
 from volfs.errors import BackendError, VolfsError, VolumeNotFound
 
 T = TypeVar("T")
-
-THREADS = 16  # requests under way at once for one backend; more only wait for the same disk
 
 # The modes in use. Without KEEP_SIZE a file that somebody shortened would grow again.
 PUNCH_HOLE = extents.PUNCH_HOLE | extents.KEEP_SIZE  # give the space back; the range reads as zeros
@@ -42,33 +39,18 @@ _LOOK_STEP = 64 << 10
 
 
 class LocalVolume(BackendVolume):
-    """An open file or block device. Owns its descriptor. fallocate(2) takes multiples of `zero_unit` bytes."""
+    """What an open file and an open block device have in common. fallocate(2) takes multiples of `zero_unit` bytes."""
 
-    def __init__(
-        self,
-        fd: int,
-        name: str,
-        *,
-        writable: bool,
-        block_size: int,
-        zero_unit: int,
-        can_resize: bool,
-        threads: trio.CapacityLimiter,
-    ) -> None:
+    def __init__(self, fd: int, name: str, properties: Properties, *, zero_unit: int) -> None:
         self._fd = fd
         self._name = name
-        self._threads = threads
         self._zero_unit = zero_unit
         self._dirty = False
-        self.properties = Properties(_end(fd), block_size, writable, can_resize)
+        self.properties = properties
 
-    async def pread(self, offset: int, length: int) -> bytes:
-        return await self._run(_pread_all, self._fd, offset, length, doing="read")
-
-    async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
-        self.check_writable(self._name)
-        self._dirty = True
-        await self._run(_pwrite_all, self._fd, offset, data, doing="write")
+    @abc.abstractmethod
+    async def _run(self, call: Callable[..., T], *args: object, doing: str) -> T:
+        """The result of a call that may block, made in a thread. VolfsError for its OSErrors."""
 
     async def discard(self, offset: int, length: int) -> None:
         await self._zero(offset, length, [PUNCH_HOLE], self._write_needed_zeroes, doing="discard")
@@ -95,13 +77,17 @@ class LocalVolume(BackendVolume):
         if offset < begin:
             await write(offset, begin - offset)
         while begin < stop:
-            reached = await self._run(_fallocate_some, self._fd, modes, begin, stop, doing=doing)
+            reached = await self._zero_some(modes, begin, stop, doing)
             if reached == begin:
                 reached = min(stop, begin + _ZERO_STEP)
                 await write(begin, reached - begin)
             begin = reached
         if stop < end:
             await write(stop, end - stop)
+
+    async def _zero_some(self, modes: Sequence[int], begin: int, stop: int, doing: str) -> int:
+        """Zero a part of the whole units [begin, stop), from its beginning; returns where that ends."""
+        return await self._run(fallocate_some, self._fd, modes, begin, stop, doing=doing)
 
     async def _write_needed_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeros by writing, but only where it does not yet.
@@ -110,43 +96,20 @@ class LocalVolume(BackendVolume):
         volumes cannot punch holes. They can BLKDISCARD, but that promises nothing of what is read afterwards.
         """
         for begin in range(offset, offset + length, len(ZEROES)):
-            piece = min(len(ZEROES), offset + length - begin)
-            await self._run(_pwrite_needed_zeroes, self._fd, begin, piece, doing="discard")
+            data = memoryview(await self.pread(begin, min(len(ZEROES), offset + length - begin)))
+            for at in range(0, len(data), _LOOK_STEP):
+                zeroes = memoryview(ZEROES)[: min(_LOOK_STEP, len(data) - at)]
+                if data[at : at + len(zeroes)] != zeroes:
+                    await self.pwrite(begin + at, zeroes)
 
     async def flush(self) -> None:
         # fdatasync also makes a new size stable when it is needed to read the data back (fsync(2)).
         await self._run(os.fdatasync, self._fd, doing="flush")
 
     async def refresh(self) -> Properties:
-        size = await self._run(_end, self._fd, doing="size")
-        self.properties = Properties(
-            size, self.properties.block_size, self.properties.writable, self.properties.can_resize
-        )
+        size = await self._run(end_of, self._fd, doing="size")
+        self.properties = replace(self.properties, size=size)
         return self.properties
-
-    async def resize(self, size: int) -> None:
-        if not self.properties.can_resize:
-            await super().resize(size)
-        await self._run(os.ftruncate, self._fd, size, doing="resize")
-        self._dirty = True
-        await self.refresh()
-
-    async def aclose(self) -> None:
-        if self._fd < 0:
-            return
-        fd = self._fd
-        try:
-            with trio.CancelScope(shield=True):
-                if self._dirty:
-                    await self._run(os.fsync, fd, doing="flush")
-        finally:
-            self._fd = -1
-            with trio.CancelScope(shield=True):
-                await self._run(os.close, fd, doing="close")  # the last close of a device writes it out
-
-    async def _run(self, call: Callable[..., T], *args: object, doing: str) -> T:
-        with local_errors(doing, self._name):
-            return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
 
 def normal_path(path: str) -> str:
@@ -180,42 +143,11 @@ def local_errors(doing: str, name: str) -> Iterator[None]:
         raise BackendError(f"{name}: {doing}: {exc.strerror}", exc.errno) from exc
 
 
-def _end(fd: int) -> int:
+def end_of(fd: int) -> int:
     return os.lseek(fd, 0, os.SEEK_END)  # works for files and block devices alike
 
 
-def _pread_all(fd: int, offset: int, length: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    if len(data) == length:
-        return data
-    parts = [data]
-    missing = length - len(data)
-    while missing:
-        data = os.pread(fd, missing, offset + length - missing)
-        if not data:
-            # Somebody shortened it behind our back. A short answer would look like the end of the volume.
-            raise OSError(errno.EIO, f"ends at {offset + length - missing}, before {offset + length}")
-        parts.append(data)
-        missing -= len(data)
-    return b"".join(parts)
-
-
-def _pwrite_all(fd: int, offset: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(fd, rest, offset)
-        offset += written
-        rest = rest[written:]
-
-
-def _pwrite_needed_zeroes(fd: int, offset: int, length: int) -> None:
-    for begin in range(offset, offset + length, _LOOK_STEP):
-        zeroes = memoryview(ZEROES)[: min(_LOOK_STEP, offset + length - begin)]
-        if _pread_all(fd, begin, len(zeroes)) != zeroes:
-            _pwrite_all(fd, begin, zeroes)
-
-
-def _fallocate_some(fd: int, modes: Sequence[int], begin: int, end: int) -> int:
+def fallocate_some(fd: int, modes: Sequence[int], begin: int, end: int) -> int:
     """Zero the range from its beginning on; returns how far it came in a short time. `begin`: this cannot be done.
 
     Many steps in one visit to the thread, since those that find nothing to do are over in microseconds.
