@@ -291,7 +291,7 @@ CHAINED.add_exception(BackendError, exception.VolumePathNotRemoved(volume_path="
             COMMAND,
             BackendError,
             errno.EACCES,
-            "iscsiadm: initiator reported error (24 - authorization failure)",
+            "iscsiadm: Could not login.; initiator reported error (24 - authorization failure)",
         ),
         (MISSING, BackendError, errno.EOPNOTSUPP, "nvme: [Errno 2] No such file or directory: 'nvme'"),
         (CHAINED, BackendError, errno.EIO, "Volume path /dev/sda was not removed in time."),

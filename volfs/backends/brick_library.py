@@ -40,6 +40,7 @@ ISCSIADM_ERRNOS = {
     20: errno.ECONNREFUSED,  # iscsid does not run
     24: errno.EACCES,  # CHAP
 }
+MAX_LINES = 4  # of what a command says, in an error
 _COMMAND_NOT_FOUND = 127
 _SECRET_KEYS = ("keyring",)  # that oslo does not know as such
 
@@ -296,16 +297,18 @@ def _is_command(exc: Exception) -> bool:
 
 
 def _text(exc: Exception) -> str:
-    """One line: of a command that failed its name and what it said last, for its arguments may be secret."""
+    """One line: of a command that failed its name and what it said, for its arguments may be secret."""
     exc = _cause(exc)
     if not _is_command(exc):
         lines = str(getattr(exc, "msg", None) or exc).strip().splitlines()
         return lines[0] if lines else type(exc).__name__
-    said = [line for line in (exc.stderr or exc.stdout or "").splitlines() if line.strip()]  # type: ignore[attr-defined]
-    words = (exc.cmd or "").split()  # type: ignore[attr-defined]
+    failed: Any = exc
+    words = (failed.cmd or "").split()
     command = os.path.basename(words[0]) if words else "command"
-    why = said[-1].strip() if said else (exc.description or f"exit code {exc.exit_code}")  # type: ignore[attr-defined]
-    return why if why.startswith(f"{command}:") else f"{command}: {why}"
+    lines = (failed.stderr or failed.stdout or "").splitlines()
+    said = [line.strip().removeprefix(f"{command}:").strip() for line in lines if line.strip()]
+    why = "; ".join(said[:MAX_LINES]) or failed.description or f"exit code {failed.exit_code}"
+    return f"{command}: {why}"
 
 
 def _command_errno(exc: Any) -> int:
