@@ -45,8 +45,9 @@ LAYERS = """
     volfs.backends.registry
     volfs.backends
     DRIVERS
-    volfs.backends.block_device
-    volfs.backends.device_requests volfs.backends.local
+    volfs.backends.brick_volume
+    volfs.backends.brick_connection volfs.backends.block_device volfs.backends.raw_file
+    volfs.backends.brick_library volfs.backends.device_requests volfs.backends.local
     volfs.backends.block_ranges
     volfs.backends.base volfs.journal
     volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
@@ -60,6 +61,7 @@ DRIVERS = {
     "iscsi": "iscsi iscsi_disk iscsi_login iscsi_provisioning iscsi_session iscsi_source iscsi_volume scsi",
     "block": "block lvm lvm_activation lvm_reports",
     "file": "file",
+    "brick": "brick",
 }
 
 # What a program that only wants a file must not have to load.
@@ -138,6 +140,8 @@ def test_there_are_no_import_cycles() -> None:
         ("rados", "volfs.backends.rbd"),
         ("typer", "volfs.cli"),
         ("tomllib", "volfs.config"),
+        ("os_brick", "volfs.backends.brick_library"),
+        ("oslo_utils", "volfs.backends.brick_library"),
     ],
 )
 def test_a_library_is_one_packages_business(library: str, importers: str) -> None:
@@ -146,7 +150,7 @@ def test_a_library_is_one_packages_business(library: str, importers: str) -> Non
     assert [name for name in found if not name.startswith(importers)] == []
 
 
-@pytest.mark.parametrize("library", ["rbd", "rados"])
+@pytest.mark.parametrize("library", ["rbd", "rados", "os_brick"])
 def test_vendor_libraries_are_imported_when_used(library: str) -> None:
     """At the top of a module they would be needed on machines that only serve files."""
     at_top = [

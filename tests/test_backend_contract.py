@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mounts import wait_until
 from services import MIB
 from volumes import (
+    BRICK,
     Storage,
     StoredVolume,
     all_extents,
@@ -31,7 +32,6 @@ from volumes import (
 from volfs.backends import backend_class
 from volfs.backends.base import Backend, BackendVolume, Directory, Properties, Source, VolumeInfo
 from volfs.errors import BackendError, VolumeNotFound
-from volfs.source import parse_source
 
 SIZE = 9 * MIB + 4096  # ends inside an RBD object, on a sector
 OBJECT = 4 * MIB  # of RBD
@@ -56,7 +56,7 @@ EDGES = (
 )
 
 
-@pytest.fixture(params=variants(quick=("file",)))
+@pytest.fixture(params=[*variants(quick=("file",)), pytest.param(BRICK, marks=pytest.mark.slow, id="brick")])
 def make(request: pytest.FixtureRequest, storage: Storage) -> Callable[..., StoredVolume]:
     """make(size, content): a volume of each driver in turn."""
     _, driver, options = request.param
@@ -339,7 +339,7 @@ async def test_a_volume_that_is_open_for_reading_only_cannot_be_changed(
     """Whether or not the storage would let it."""
     content = random_bytes(SIZE)
     stored.write(content)
-    source = parse_source(stored.protect(), stored.environment) if protected else stored.source
+    source = stored.source_of(stored.protect()) if protected else stored.source
     async with await backend.open(source, writable=False) as volume:
         for offset, length in ((0, SIZE), (1, SECTOR), (SECTOR, SECTOR), (SIZE - 1, 1)):
             if change == "start_write":
@@ -518,7 +518,7 @@ async def test_what_the_storage_protects_is_not_opened_for_writing(
     stored: StoredVolume, backend: Backend
 ) -> None:
     stored.write(b"content")
-    source = parse_source(stored.protect(), stored.environment)
+    source = stored.source_of(stored.protect())
     with pytest.raises(BackendError) as caught:
         await backend.open(source, writable=True)
     assert caught.value.errno == errno.EROFS
@@ -534,6 +534,7 @@ def as_shown(info: VolumeInfo) -> tuple[object, ...]:
     return info.name, info.source, info.size, info.mtime_ns, info.allocated, info.read_only
 
 
+@pytest.mark.parametrize("make", variants(quick=("file",)), indirect=True)
 async def test_list_lookup_and_stat_agree_and_leave_nothing_behind(
     stored: StoredVolume, backend: Backend
 ) -> None:
@@ -603,7 +604,7 @@ async def test_listing_what_is_not_there_is_not_found(stored: StoredVolume, back
 
 def sibling_not_there(stored: StoredVolume) -> Source:
     """The source of a volume that would be beside this one. A LUN's number stays one."""
-    return parse_source(stored.url + "7", stored.environment)
+    return stored.source_of(stored.url + "7")
 
 
 async def test_a_source_that_is_not_there_is_not_found(stored: StoredVolume, backend: Backend) -> None:
@@ -622,7 +623,7 @@ def test_a_source_is_the_same_each_time_it_is_parsed(stored: StoredVolume) -> No
     source, again = stored.source, stored.source
     assert source == again
     assert hash(source) == hash(again)
-    assert parse_source(source.url, stored.environment) == source
+    assert stored.source_of(source.url) == source
     assert source.driver == stored.driver
     assert source.url == stored.url
     assert source.name

@@ -221,15 +221,15 @@ def test_not_toml_tells_the_line(refused: Callable[[str], str]) -> None:
         ("[backends]\nceph = 5", "backends.ceph: expected object, got int"),
         (
             "[backends.b]",
-            "backends.b.driver: expected one of rbd, iscsi, block, file, not None",
+            "backends.b.driver: expected one of rbd, iscsi, block, file, brick, not None",
         ),
         (
             backend("", "nfs"),
-            "backends.b.driver: expected one of rbd, iscsi, block, file, not 'nfs'",
+            "backends.b.driver: expected one of rbd, iscsi, block, file, brick, not 'nfs'",
         ),
         (
             "[backends.b]\ndriver = ['rbd']",
-            "backends.b.driver: expected one of rbd, iscsi, block, file, not ['rbd']",
+            "backends.b.driver: expected one of rbd, iscsi, block, file, brick, not ['rbd']",
         ),
         (backend(""), "backends.b.path: missing"),
         (backend("", "iscsi"), "backends.b.portals: missing"),

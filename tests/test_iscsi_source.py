@@ -151,16 +151,16 @@ CINDER = {
 
 
 def test_a_connection_info() -> None:
-    source = IscsiBackend.parse_connection(CINDER, {})
+    source = IscsiBackend.parse_connection("iscsi", CINDER, {})
     expected = IscsiSource(
         portals=("192.0.2.1:3260",), iqn=IQN, lun=1, chap_username="ann", chap_password="hidden"
     )
     assert source == expected
     assert hash(source) == hash(expected)
-    read_only = IscsiBackend.parse_connection({**CINDER, "access_mode": "ro"}, {})
+    read_only = IscsiBackend.parse_connection("iscsi", {**CINDER, "access_mode": "ro"}, {})
     assert read_only.read_only
     assert read_only != source
-    assert IscsiBackend.parse_connection({**CINDER, "auth_method": None}, {}).chap_username == ""
+    assert IscsiBackend.parse_connection("iscsi", {**CINDER, "auth_method": None}, {}).chap_username == ""
 
 
 def test_several_paths() -> None:
@@ -170,14 +170,14 @@ def test_several_paths() -> None:
         "target_iqns": [IQN, IQN, IQN + "b", IQN],
         "target_luns": [1, 1, 1, 1],
     }
-    source = IscsiBackend.parse_connection(several, {})
+    source = IscsiBackend.parse_connection("iscsi", several, {})
     assert source.portals == ("192.0.2.1:3260", "[2001:db8::1]:3260")
     only_lists = {
         key: value
         for key, value in several.items()
         if key not in ("target_portal", "target_iqn", "target_lun")
     }
-    assert IscsiBackend.parse_connection(only_lists, {}) == source
+    assert IscsiBackend.parse_connection("iscsi", only_lists, {}) == source
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_wrong_field_is_named(key: str, value: Any) -> None:
     if key in ("target_iqn", "target_lun"):
         del wrong["target_iqns"], wrong["target_luns"]
     with pytest.raises(SourceError) as caught:
-        IscsiBackend.parse_connection(wrong, {})
+        IscsiBackend.parse_connection("iscsi", wrong, {})
     assert key.removesuffix("s").rpartition("_")[0] in str(caught.value)
     assert "hidden" not in str(caught.value)
 
@@ -227,7 +227,7 @@ JSON = st.recursive(
 )
 def test_any_connection_info_is_a_source_or_a_source_error(data: dict[str, Any], mostly_right: bool) -> None:
     with refusals_in_one_line():
-        check(IscsiBackend.parse_connection({**CINDER, **data} if mostly_right else data, {}))
+        check(IscsiBackend.parse_connection("iscsi", {**CINDER, **data} if mostly_right else data, {}))
 
 
 @given(

@@ -29,8 +29,9 @@ from volumes import (
 
 from volfs.backends.base import Extent, VolumeInfo
 from volfs.backends.block import BlockBackend, BlockSettings, BlockSource
-from volfs.backends.file import MAX_EXTENTS, FileBackend, FileSettings, FileSource
+from volfs.backends.file import FileBackend, FileSettings, FileSource
 from volfs.backends.local import LocalVolume
+from volfs.backends.raw_file import MAX_EXTENTS
 from volfs.errors import BackendError
 
 SIZE = 4 * MIB

@@ -279,8 +279,10 @@ def test_rbd_key_of_older_cinders(keyring: str) -> None:
         ({"driver_volume_type": "rbd"}, "data: expected an object"),
         ({"driver_volume_type": "rbd", "data": []}, "data: expected an object"),
         (
-            {"driver_volume_type": "nfs", "data": {}},
-            "no driver for 'nfs'; volfs knows rbd, iscsi, local",
+            {"driver_volume_type": "smbfs", "data": {}},
+            "no driver for 'smbfs'; volfs knows rbd, iscsi, local, fibre_channel, glusterfs, gpfs, "
+            "huaweisdshypervisor, iser, lightos, nfs, nvme, nvmeof, quobyte, scality, scaleio, storpool, vmdk, "
+            "vzstorage",
         ),
         (changed(RBD_INFO, access_mode="rx"), "data.access_mode: expected ro or rw, not 'rx'"),
         (changed(RBD_INFO, access_mode=[]), "data.access_mode: expected ro or rw, not []"),
@@ -397,7 +399,7 @@ def test_a_ceph_key_is_not_shown() -> None:
 def test_a_ceph_key_is_not_in_errors(fields: dict[str, Any]) -> None:
     info = changed(RBD_INFO, keyring=f"[client.cinder]\n\tkey = {KEY}\n", **fields)
     assert KEY not in refused_info(info)
-    assert KEY not in refused_info({**info, "driver_volume_type": "nvmeof"})
+    assert KEY not in refused_info({**info, "driver_volume_type": "smbfs"})
     assert KEY not in refused_info(changed(RBD_INFO, keyring=[KEY]))
     assert KEY not in refused("rbd:a/b", {"CEPH_ARGS": f"--key {KEY} --id"})
 

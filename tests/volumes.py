@@ -34,7 +34,7 @@ from services import (
 
 from volfs.backends import backend_class
 from volfs.backends.base import Backend, BackendVolume, Extent, Source
-from volfs.source import parse_prefix, parse_source
+from volfs.source import parse_connection_info, parse_prefix, parse_source
 
 # Every driver, and iSCSI with both sizes of sectors: (name of the variant, driver, how to make a volume).
 VARIANTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
@@ -44,6 +44,7 @@ VARIANTS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("block", "block", {}),
     ("file", "file", {}),
 )
+BRICK = ("brick", "brick", {})  # which has no listing and no URLs
 
 
 def variants(quick: Collection[str] = (), only: Collection[str] = ()) -> list[Any]:
@@ -126,7 +127,11 @@ class StoredVolume(abc.ABC):
 
     @property
     def source(self) -> Source:
-        return parse_source(self.url, self.environment)
+        return self.source_of(self.url)
+
+    def source_of(self, url: str) -> Source:
+        """The source that a URL, beginning as that of this volume, names."""
+        return parse_source(url, self.environment)
 
     def make_backend(self) -> Backend:
         """A backend of the prefix. On the trio loop; the caller closes it."""
@@ -258,6 +263,22 @@ class BlockVolume(StoredVolume):
 
 
 @dataclass(kw_only=True)
+class BrickVolume(BlockVolume):
+    """What os-brick gives for GPFS: a path that is there already. It needs no more of the kernel than loop devices."""
+
+    driver = "brick"
+
+    def source_of(self, url: str) -> Source:
+        rest = url.removeprefix(self.url)
+        data = {"device_path": f"{self.device}{rest}", "volume_id": self.place[-1] + rest}
+        return parse_connection_info({"driver_volume_type": "gpfs", "data": data}, {})
+
+    def make_backend(self) -> Backend:
+        cls = backend_class(self.driver)
+        return cls(self.driver, cls.settings_for(self.source))
+
+
+@dataclass(kw_only=True)
 class FileVolume(StoredVolume):
     driver = "file"
     path: Path
@@ -327,6 +348,7 @@ class Storage:
             "iscsi": self._make_iscsi,
             "block": self._make_block,
             "file": self._make_file,
+            "brick": self._make_brick,
         }
         undo = self._stack.enter_context(ExitStack())
         made = makers[driver](undo, size, **options)
@@ -372,6 +394,12 @@ class Storage:
             undo=undo,
             device=device,
         )
+
+    def _make_brick(self, undo: ExitStack, size: int, **options: Any) -> BrickVolume:
+        device = undo.enter_context(loop(self._loops, size, **options))
+        name = f"volume-{secrets.token_hex(4)}"
+        url = f"brick:gpfs/{name}"
+        return BrickVolume(size=size, prefix="", place=(name,), url=url, undo=undo, device=device)
 
     def _make_file(self, undo: ExitStack, size: int) -> FileVolume:
         path = self._files / f"file-{secrets.token_hex(4)}"

@@ -19,6 +19,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,13 +39,13 @@ class _Content(msgspec.Struct, frozen=True):
 
 
 class Record:
-    """One thing to be undone. Whoever has it, be it the one that made it or one that found it, has its lock.
+    """One thing to be undone. Whoever has it, be it the owner or one that found it an orphan, has its lock.
 
     One thread at a time. Ends with `remove` or `release`.
     """
 
     def __init__(self, path: str, lock: int, content: _Content) -> None:
-        self._path = path
+        self.path = path
         self._lock = lock
         self._content = content
 
@@ -58,13 +59,13 @@ class Record:
         return self._content.facts
 
     def __repr__(self) -> str:
-        return f"Record({os.path.basename(self._path)}, {self.driver})"
+        return f"Record({os.path.basename(self.path)}, {self.driver})"
 
     def update(self, facts: Mapping[str, Any]) -> None:
         """Replace the facts, all at once: who reads them after a crash finds the old ones or the new. BackendError."""
         content = _Content(self.driver, dict(facts))
         with _locked_directory():
-            lock = _write(self._path, content)
+            lock = _write(self.path, content)
         os.close(self._lock)
         self._lock, self._content = lock, content
 
@@ -74,7 +75,7 @@ class Record:
             return
         with _locked_directory() as directory:
             try:
-                os.unlink(self._path)
+                os.unlink(self.path)
             except FileNotFoundError:  # somebody who tidied up; the thing is undone all the same
                 pass
             os.fsync(directory)
@@ -113,6 +114,24 @@ def orphans() -> Iterator[Record]:
             found = _take(os.path.join(_directory(), name))
         if found is not None:
             yield found
+
+
+def living(driver: str, but: Record | None = None) -> list[Mapping[str, Any]]:
+    """The facts of a driver's records whose owner lives, `but` for one. Orphans that somebody has are not among them.
+
+    What several use, the last of them undoes; they need a lock of their own against each other.
+    """
+    found: list[Mapping[str, Any]] = []
+    with _locked_directory() as directory:
+        for name in os.listdir(directory):
+            path = os.path.join(_directory(), name)
+            mine = but is not None and but.path == path
+            if name.startswith(f"{driver}-") and name.endswith(SUFFIX) and not mine and _is_owned(path):
+                try:
+                    found.append(msgspec.json.decode(Path(path).read_bytes(), type=_Content).facts)
+                except (OSError, msgspec.DecodeError, UnicodeDecodeError):  # of another version
+                    continue
+    return found
 
 
 def _directory() -> str:
@@ -162,6 +181,21 @@ def _write(path: str, content: _Content) -> int:
     return number
 
 
+def _is_owned(path: str) -> bool:
+    """Whether its owner lives. Under the directory's lock, so that nobody takes our look for an owner."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(number)
+    return False
+
+
 def _take(path: str) -> Record | None:
     """The record at the path, if its owner is dead. Under the directory's lock."""
     try:
@@ -173,6 +207,8 @@ def _take(path: str) -> Record | None:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.endswith(SUFFIX):
             content = msgspec.json.decode(os.pread(number, os.fstat(number).st_size, 0), type=_Content)
+            # Who cleans up keeps others from doing so, but is no owner: see `_is_owned`.
+            fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
             taken = True
             return Record(path, number, content)
         if path.endswith(NEW_SUFFIX):

@@ -39,6 +39,6 @@ def parse_connection_info(info: Any, environment: Mapping[str, str]) -> Source:
         raise SourceError(f"connection info: data.access_mode: expected ro or rw, not {mode!r}")
     for driver, registration in DRIVERS.items():
         if protocol in registration.protocols:
-            return backend_class(driver).parse_connection(data, environment)
+            return backend_class(driver).parse_connection(protocol, data, environment)
     known = ", ".join(name for registration in DRIVERS.values() for name in registration.protocols)
     raise SourceError(f"connection info: no driver for {protocol!r}; volfs knows {known}")

@@ -26,6 +26,7 @@ class Registration(NamedTuple):
     backend: str
     protocols: tuple[str, ...] = ()  # the `driver_volume_type`s of connection infos that it takes
     environment: tuple[str, ...] = ()  # variables of the caller that say how to reach its storage
+    urls: bool = True  # whether a volume can be named by a URL
 
 
 DRIVERS: dict[str, Registration] = {
@@ -43,6 +44,30 @@ DRIVERS: dict[str, Registration] = {
     ),
     "block": Registration("volfs.backends.block", "BlockBackend", ("local",)),
     "file": Registration("volfs.backends.file", "FileBackend"),
+    "brick": Registration(
+        "volfs.backends.brick",
+        "BrickBackend",
+        # What os-brick 7.1 has connectors for, and no driver above takes. Not asked of os-brick itself, which need
+        # not be there, and takes a second to import.
+        (
+            "fibre_channel",
+            "glusterfs",
+            "gpfs",
+            "huaweisdshypervisor",
+            "iser",
+            "lightos",
+            "nfs",
+            "nvme",
+            "nvmeof",
+            "quobyte",
+            "scality",
+            "scaleio",
+            "storpool",
+            "vmdk",
+            "vzstorage",
+        ),
+        urls=False,
+    ),
 }
 
 
@@ -62,7 +87,7 @@ def split_url(url: str) -> tuple[str, str]:
     """The driver of a URL and what is behind the colon. SourceError when no driver is named."""
     driver, colon, rest = url.partition(":")
     if not colon or driver not in DRIVERS:
-        schemes = ", ".join(f"{name}:" for name in DRIVERS)
+        schemes = ", ".join(f"{name}:" for name, registration in DRIVERS.items() if registration.urls)
         shown = re.sub(r"//[^/]*@", "//***@", url)  # an account, if only the scheme is mistyped
         raise SourceError(f"{shown!r}: not a volume's URL; expected one that begins with {schemes}")
     return driver, rest

@@ -232,8 +232,10 @@ class Backend(trio.abc.AsyncResource):
         """
 
     @classmethod
-    def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> Source:
-        """The source that a Cinder connection info's `data` names. SourceError."""
+    def parse_connection(
+        cls, protocol: str, data: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> Source:
+        """The source that a Cinder connection info's `data` names; `protocol` is its type. SourceError."""
         raise NotImplementedError(f"driver {cls.driver} is registered for no protocol")
 
     @classmethod

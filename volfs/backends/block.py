@@ -98,7 +98,9 @@ class BlockBackend(Backend):
         return (BlockSettings(path=path) if os.path.isdir(path) else BlockSettings(devices=(path,))), ()
 
     @classmethod
-    def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> BlockSource:
+    def parse_connection(
+        cls, protocol: str, data: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> BlockSource:
         path = volume_path(data.get("device_path"))
         if path is None:
             raise SourceError("connection info of type local: data.device_path: expected an absolute path")

@@ -1,5 +1,8 @@
 """Driver `iscsi`: LUNs of iSCSI targets through libiscsi, without the kernel's initiator and without root.
 
+Unless a setting or a connection info asks for the kernel's: then it opens volumes, through os-brick. What is only
+looked at never goes through the kernel, so that `ls` leaves no session.
+
 Directories are targets, files are LUNs by number. To list a target means to log in: it tells of its LUNs only in a
 normal session, which is logged out again at once.
 """
@@ -10,6 +13,7 @@ import errno
 import logging
 import random
 import re
+import shutil
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,9 +25,11 @@ import msgspec
 import trio
 
 from volfs.backends import iscsi_source
-from volfs.backends.base import Backend, Directory, Entry, Source, VolumeInfo
+from volfs.backends.base import Backend, BackendVolume, Directory, Entry, Source, VolumeInfo
+from volfs.backends.brick_connection import Target, make_target
+from volfs.backends.brick_volume import Connections, open_connected
 from volfs.backends.iscsi_disk import Disk, find_disk, list_luns, probe
-from volfs.backends.iscsi_login import Login, discover, log_in
+from volfs.backends.iscsi_login import Login, discover, log_in, resolve
 from volfs.backends.iscsi_session import SenseError, Session
 from volfs.backends.iscsi_source import IscsiSettings, IscsiSource, is_iscsi_name
 from volfs.backends.iscsi_volume import IscsiVolume
@@ -32,6 +38,8 @@ from volfs.errors import BackendError, VolfsError, VolumeNotFound
 log = logging.getLogger(__name__)
 
 THREADS = 4  # for host names to be resolved
+DEVICE_THREADS = 16  # requests under way at once on what the kernel has connected
+CONNECTING = 8  # volumes that the kernel connects or disconnects at once
 SHORT_SESSIONS = 4  # under way at once, of those that only list or describe
 REMEMBER_SECONDS = 1.0  # a target's name is believed so long, for all the paths that lead through it
 LONG_AGO = float("-inf")
@@ -50,6 +58,8 @@ class IscsiBackend(Backend):
         super().__init__(name, settings)
         self._threads = trio.CapacityLimiter(THREADS)
         self._short_sessions = trio.CapacityLimiter(SHORT_SESSIONS)
+        self._device_threads = trio.CapacityLimiter(DEVICE_THREADS)
+        self._connections = Connections(trio.CapacityLimiter(CONNECTING))
         self._discovering = trio.Lock()
         self._targets: tuple[str, ...] = ()
         self._discovered_at = LONG_AGO
@@ -63,7 +73,9 @@ class IscsiBackend(Backend):
         return iscsi_source.parse_prefix(rest, environment)
 
     @classmethod
-    def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> IscsiSource:
+    def parse_connection(
+        cls, protocol: str, data: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> IscsiSource:
         return iscsi_source.parse_connection(data)
 
     @classmethod
@@ -133,19 +145,84 @@ class IscsiBackend(Backend):
 
     async def stat(self, source: Source) -> VolumeInfo:
         assert isinstance(source, IscsiSource)
-        listed = msgspec.structs.replace(self._source(source.iqn, source.lun), read_only=source.read_only)
+        listed = msgspec.structs.replace(
+            self._source(source.iqn, source.lun),
+            read_only=source.read_only,
+            paths=source.paths,
+            multipath=source.multipath,
+        )
+        *others, last = source.alternatives
+        for other in others:
+            try:
+                return await self._ask(other, listed)
+            except BackendError as exc:
+                log.warning("%s; trying another path", exc)
+        return await self._ask(last, listed)
+
+    async def _ask(self, source: IscsiSource, listed: IscsiSource) -> VolumeInfo:
         async with self._short_sessions, self._session(source) as session:
             return self._info(listed, await find_disk(session, source.lun))
 
-    async def open(self, source: Source, *, writable: bool) -> IscsiVolume:
+    async def open(self, source: Source, *, writable: bool) -> BackendVolume:
         assert isinstance(source, IscsiSource)
         if writable and (source.read_only or self.settings.read_only):
             raise BackendError(f"{source.url}: read-only", errno.EROFS)
+        if self._by_kernel(source):
+            return await open_connected(
+                self._connections,
+                await self._target_for_kernel(source),
+                writable=writable,
+                request_timeout=self.settings.timeout,
+                threads=self._device_threads,
+            )
         async with self._opened(source) as session:
             disk = await find_disk(session, source.lun)
             if writable and disk.mode.write_protected:
                 raise BackendError(f"{source.url}: write-protected by the target", errno.EROFS)
             return IscsiVolume(session, disk, writable=writable, timeout=self.settings.timeout)
+
+    def _by_kernel(self, source: IscsiSource) -> bool:
+        """Whether the kernel's initiator is to open the volume.
+
+        By the settings, or by a connection info with several targets or LUNs for one volume, or that enforces
+        multipath: libiscsi follows one target, whose portals it tries in turn. Cinder tells of several targets only
+        where the connector asked for multipath, as for Nova on the same host; so where there is no kernel initiator
+        the first target does.
+        """
+        if self.settings.initiator is not None:
+            return self.settings.initiator == "kernel"
+        if source.multipath or not source.paths:
+            return source.multipath
+        if shutil.which("iscsiadm") is None:
+            log.warning("%s: iscsiadm is not installed: no multipath, only the first target", source.url)
+            return False
+        return True
+
+    async def _target_for_kernel(self, source: IscsiSource) -> Target:
+        """What os-brick is told. All paths, always: else it would discover them, and leave their records behind."""
+        if source.mutual_chap_username or self.settings.mutual_chap_username:
+            raise BackendError(
+                f"{source.url}: os-brick offers no mutual CHAP with the kernel's initiator", errno.EOPNOTSUPP
+            )
+        login = await self._login(source)
+        paths = source.paths or [(portal, source.iqn, source.lun) for portal in source.portals]
+        # iscsiadm shows sessions by address, by which os-brick looks for them.
+        portals = [(await resolve(portal, self._threads))[0] for portal, _, _ in paths]
+        data: dict[str, object] = {
+            "target_portals": portals,
+            "target_iqns": [iqn for _, iqn, _ in paths],
+            "target_luns": [lun for _, _, lun in paths],
+            "access_mode": "ro" if source.read_only or self.settings.read_only else "rw",
+            "enforce_multipath": source.multipath,
+        }
+        if login.username:
+            data |= {
+                "auth_method": "CHAP",
+                "auth_username": login.username,
+                "auth_password": login.password,
+            }
+        multipath = source.multipath or bool(source.paths)
+        return make_target(source.url, "iscsi", data, self.settings, multipath=multipath)
 
     async def _discover(self) -> tuple[str, ...]:
         """The targets there are. Who asks while another waits for the answer shares it."""

@@ -132,7 +132,7 @@ async def _first_address(
     portal: str, attempt: Callable[[str], Awaitable[T]], threads: trio.CapacityLimiter
 ) -> T:
     """A host name may have several addresses, the first of which leads nowhere."""
-    *others, last = await _resolve(portal, threads)
+    *others, last = await resolve(portal, threads)
     for address in others:
         try:
             return await attempt(address)
@@ -253,7 +253,7 @@ def normal_portal(portal: str) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-async def _resolve(portal: str, threads: trio.CapacityLimiter) -> list[str]:
+async def resolve(portal: str, threads: trio.CapacityLimiter) -> list[str]:
     """The numeric addresses of a portal, in the resolver's order."""
     address, port = split_portal(portal)
     try:

@@ -9,7 +9,8 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from volfs.backends.base import Settings, Source
+from volfs.backends.base import Source
+from volfs.backends.brick_connection import ConnectorSettings
 from volfs.backends.iscsi_login import normal_portal
 from volfs.errors import SourceError
 
@@ -31,7 +32,11 @@ class Secret(str):
 
 
 class IscsiSource(Source, frozen=True, kw_only=True):
-    """A LUN of a target. The portals lead to the same target; they are tried in order."""
+    """A LUN of a target. The portals lead to the same target; they are tried in order.
+
+    `paths` are all ways to the volume when a connection info tells of several that differ in target or LUN: only the
+    kernel, with multipath above it, can use these as one disk. `multipath`: it demands that.
+    """
 
     driver: ClassVar[str] = "iscsi"
     portals: tuple[str, ...]  # "address:port"
@@ -42,10 +47,25 @@ class IscsiSource(Source, frozen=True, kw_only=True):
     chap_password: str = ""
     mutual_chap_username: str = ""
     mutual_chap_password: str = ""
+    paths: tuple[tuple[str, str, int], ...] = ()  # portal, target, LUN
+    multipath: bool = False
 
     def __post_init__(self) -> None:
         _hide(self, "chap_password")
         _hide(self, "mutual_chap_password")
+
+    @property
+    def alternatives(self) -> tuple[IscsiSource, ...]:
+        """The volume by each target that leads to it, this one first, for who can follow one target at a time."""
+        groups: dict[tuple[str, int], list[str]] = {(self.iqn, self.lun): list(self.portals)}
+        for portal, iqn, lun in self.paths:
+            portals = groups.setdefault((iqn, lun), [])
+            if portal not in portals:
+                portals.append(portal)
+        return tuple(
+            msgspec.structs.replace(self, portals=tuple(portals), iqn=iqn, lun=lun)
+            for (iqn, lun), portals in groups.items()
+        )
 
     @property
     def url(self) -> str:
@@ -56,10 +76,11 @@ class IscsiSource(Source, frozen=True, kw_only=True):
         return f"{self.iqn}-lun-{self.lun}"
 
 
-class IscsiSettings(Settings, frozen=True, kw_only=True):
-    """A backend of driver `iscsi`."""
+class IscsiSettings(ConnectorSettings, frozen=True, kw_only=True):
+    """A backend of driver `iscsi`. What a connector needs is for the kernel's initiator."""
 
-    paths = secret_paths = ("chap_password_file", "mutual_chap_password_file")
+    secret_paths = ("chap_password_file", "mutual_chap_password_file")
+    paths = (*ConnectorSettings.paths, *secret_paths)
 
     portals: tuple[str, ...]  # "address[:port]", IPv6 in brackets; several are tried in order
     targets: tuple[str, ...] = ()  # the names to show; all that the portals offer when empty
@@ -73,8 +94,12 @@ class IscsiSettings(Settings, frozen=True, kw_only=True):
     header_digest: Literal["none", "prefer", "crc32c"] = "none"
     reconnect_timeout: float = 30.0  # seconds that requests wait for a broken connection to be made again
     queue_depth: int = 32  # commands under way for one volume
+    # Who opens volumes: this process, or the kernel through os-brick. By default this process, but for connection
+    # infos that ask for multipath.
+    initiator: Literal["user", "kernel"] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # ValueErrors: msgspec turns them into its own error, with the key's path.
         if not self.portals:
             raise ValueError("portals: expected at least one")
@@ -102,6 +127,16 @@ class IscsiSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("mutual_chap_username: expected together with chap_username")
         if self.queue_depth < 1:
             raise ValueError("queue_depth: expected at least 1")
+        if self.initiator == "kernel":
+            for key in ("initiator_name", "mutual_chap_username"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f'{key}: expected none with initiator = "kernel", which os-brick logs in'
+                    )
+            if self.header_digest != "none":
+                raise ValueError(
+                    'header_digest: expected "none" with initiator = "kernel", which os-brick logs in'
+                )
 
     def secrets(self) -> Sequence[str]:
         return [key for key in ("chap_password", "mutual_chap_password") if getattr(self, key)]
@@ -152,9 +187,9 @@ def parse_prefix(rest: str, environment: Mapping[str, str]) -> tuple[IscsiSettin
 def parse_connection(data: Mapping[str, Any]) -> IscsiSource:
     """The source of a Cinder connection info's data. SourceError naming the field.
 
-    With several paths (`target_portals`, `target_iqns`, `target_luns`), those are taken that lead to the same target
-    and LUN as the first: a source has one name. What does not matter to a reader of blocks is ignored: `discard`,
-    `qos_specs`; also `encrypted`, as the bytes are shown as they are.
+    With several paths (`target_portals`, `target_iqns`, `target_luns`) the portals are those that lead to the same
+    target and LUN as the first: a source has one name. All are its `paths` when others differ. What does not matter to
+    a reader of blocks is ignored: `discard`, `qos_specs`; also `encrypted`, as the bytes are shown as they are.
     """
     portals = _list(data, "target_portals", str) or [_field(data, "target_portal", str)]
     iqns = _list(data, "target_iqns", str) or [_field(data, "target_iqn", str)] * len(portals)
@@ -165,17 +200,13 @@ def parse_connection(data: Mapping[str, Any]) -> IscsiSource:
     for key in ("target_portal", "target_iqn", "target_lun"):
         if data.get(key) is not None:
             _field(data, key, int if key == "target_lun" else str)
-    _, iqn, lun = paths[0]
-    if not is_iscsi_name(iqn):
-        raise _bad("target_iqn", "an iSCSI name", repr(iqn))
-    if not 0 <= lun < LUNS:
-        raise _bad("target_lun", f"a number below {LUNS}", str(lun))
-    try:
-        chosen = tuple(
-            dict.fromkeys(normal_portal(portal) for portal, *other in paths if other == [iqn, lun])
-        )
-    except ValueError as exc:
-        raise SourceError(f"{CONNECTION}target_portal: {exc}") from None
+    for _, iqn, lun in reversed(paths):  # the first, which names the volume, is left at the end
+        if not is_iscsi_name(iqn):
+            raise _bad("target_iqn", "an iSCSI name", repr(iqn))
+        if not 0 <= lun < LUNS:
+            raise _bad("target_lun", f"a number below {LUNS}", str(lun))
+    normal = _normal_paths(paths)
+    chosen = tuple(dict.fromkeys(portal for portal, *other in normal if other == [iqn, lun]))
     username = password = ""
     method = data.get("auth_method")
     if method == "CHAP":
@@ -191,7 +222,17 @@ def parse_connection(data: Mapping[str, Any]) -> IscsiSource:
         chap_username=username,
         chap_password=password,
         read_only=data.get("access_mode") == "ro",
+        paths=normal if any(other != [iqn, lun] for _, *other in normal) else (),
+        # Cinder hands on what the caller's connector has said; see os-brick's check_multipath.
+        multipath=bool(data.get("enforce_multipath")),
     )
+
+
+def _normal_paths(paths: Sequence[tuple[str, str, int]]) -> tuple[tuple[str, str, int], ...]:
+    try:
+        return tuple((normal_portal(portal), iqn, lun) for portal, iqn, lun in paths)
+    except ValueError as exc:
+        raise SourceError(f"{CONNECTION}target_portal: {exc}") from None
 
 
 def is_iscsi_name(name: str) -> bool:

@@ -118,7 +118,9 @@ class RbdBackend(Backend):
         return _settings(access_from_environment(environment), pools=path[:1]), path
 
     @classmethod
-    def parse_connection(cls, data: Mapping[str, Any], environment: Mapping[str, str]) -> RbdSource:
+    def parse_connection(
+        cls, protocol: str, data: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> RbdSource:
         where = "connection info of type rbd: data."
         fields = {key: _field(data, key, where) for key in ("cluster_name", "auth_username", "keyring")}
         monitors = _monitors(data, where)
