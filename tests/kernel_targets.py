@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import pytest
 from mounts import wait_until
-from services import MIB, Account, script
+from services import MIB, SLOWER, Account, script
 from targets import Tgtd, running_tgtd
 
 CONFIGFS = Path("/sys/kernel/config/target")
 BY_PATH = Path("/dev/disk/by-path")
-UDEV_SECONDS = 30.0  # everything is about twenty times as slow in the guest
+UDEV_SECONDS = 20.0 * SLOWER
 
 
 class Kind(Protocol):
@@ -261,6 +261,7 @@ def multipathd() -> Iterator[subprocess.Popen[bytes]]:
     succeed("modprobe", "-a", "dm_multipath", "dm_round_robin", "dm_service_time")
     Path("/etc/multipath.conf").write_text(
         "defaults {\n user_friendly_names no\n find_multipaths no\n polling_interval 2\n}\n"
+        'blacklist {\n devnode "^(nvme|loop|ram)"\n}\n'
     )
     with daemon("multipathd", "-d", ready=lambda: answers("multipathd", "show", "status")) as process:
         yield process

@@ -28,6 +28,7 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 SCRIPT = TOP / "scripts" / "services"
 MIB = 1024**2
+SLOWER = 5 if "VOLFS_VM" in os.environ else 1  # how much longer a deadline is where all code is translated
 WATCH_SECONDS = 45  # librados lets go of the watch of a killed client after 30 s
 
 
@@ -36,7 +37,7 @@ def is_required(service: str) -> bool:
 
 
 def skip_or_fail(service: str, reason: str) -> NoReturn:
-    """What a test does without a service (fuse, ceph, iscsi, root, vm): VOLFS_REQUIRE names those that must be there."""
+    """What a test does without a service (fuse, ceph, iscsi, root, vm): VOLFS_REQUIRE tells which must be there."""
     if is_required(service):
         pytest.fail(f"{service} is required: {reason}", pytrace=False)
     pytest.skip(f"{service}: {reason}")
@@ -189,7 +190,7 @@ class Services:
             command,
             input=data,
             capture_output=True,
-            timeout=120,
+            timeout=120 * SLOWER,
             check=False,
             env={**self.environment, **(environment or {})},
         )
@@ -211,7 +212,7 @@ def services_command(*arguments: str, var: Path | None = None) -> subprocess.Com
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=200 * SLOWER,
         check=False,
         env=environment,
     )
