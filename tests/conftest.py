@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import guest
+import pytest
 from commands import run  # noqa: F401
 from disks import disk, make_disk, own_disk, shared_disk  # noqa: F401
 from kernel_targets import iscsid, kernel_target, multipathd  # noqa: F401

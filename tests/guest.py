@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -163,7 +162,6 @@ def guest(config: pytest.Config, selected: list[str]) -> Iterator[Guest]:
             *(f"{key}={value}" for key, value in environment.items()),
             *(sys.executable, "-m", "pytest", f"@{directory}/arguments"),
         ]
-        print(f"vm: {shlex.join(command)}", file=sys.stderr)
         with (directory / "output").open("wb") as output:
             process = subprocess.Popen(
                 command,

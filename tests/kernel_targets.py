@@ -261,6 +261,7 @@ def multipathd() -> Iterator[subprocess.Popen[bytes]]:
     succeed("modprobe", "-a", "dm_multipath", "dm_round_robin", "dm_service_time")
     Path("/etc/multipath.conf").write_text(
         "defaults {\n user_friendly_names no\n find_multipaths no\n polling_interval 2\n}\n"
+        'blacklist {\n devnode "^(nvme|loop|ram)"\n}\n'
     )
     with daemon("multipathd", "-d", ready=lambda: answers("multipathd", "show", "status")) as process:
         yield process

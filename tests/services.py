@@ -36,7 +36,7 @@ def is_required(service: str) -> bool:
 
 
 def skip_or_fail(service: str, reason: str) -> NoReturn:
-    """What a test does without a service (fuse, ceph, iscsi, root, vm): VOLFS_REQUIRE names those that must be there."""
+    """What a test does without a service (fuse, ceph, iscsi, root, vm): VOLFS_REQUIRE tells which must be there."""
     if is_required(service):
         pytest.fail(f"{service} is required: {reason}", pytrace=False)
     pytest.skip(f"{service}: {reason}")

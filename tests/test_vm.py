@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,9 @@ def test_two_paths_are_one_multipath_map(
     with logged_in(target):
         wait_until(lambda: succeed("multipathd", "show", "paths").count("active ready") == 2, "two paths", 60)
         (name,) = succeed("multipathd", "show", "maps", "raw", "format", "%n").split()
-        assert (Path("/dev/mapper") / name).exists()
+        with (Path("/dev/mapper") / name).open("rb") as file:
+            assert file.seek(0, os.SEEK_END) == target.size
+        succeed("udevadm", "settle", "--timeout=30")  # a rule of udev's may still be looking at the map
         succeed("multipath", "-f", name)
 
 
@@ -117,26 +118,22 @@ def vm(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def processes(of: int | None = None) -> list[str]:
-    """The command lines of guests that run, or of the process and its children."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_text().replace("\0", " ")
-            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended meanwhile
-            continue
-        if parent == of:
-            found.append(line)
+def children(parent: int) -> dict[Path, str]:
+    """The directories in /proc of a process's children, and their names."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            name, _, rest = (path / "stat").read_text().partition("(")[2].rpartition(")")
+            if int(rest.split()[1]) == parent:
+                found[path] = name
     return found
 
 
 @pytest.fixture
-def guests() -> Iterator[None]:
+def guests() -> None:
     """For tests that boot one on the host; says why there is none."""
     if reason := why_not():
         skip_or_fail("vm", reason)
-    yield
 
 
 @pytest.mark.parametrize("arguments", [(), ("run",), ("build", "now"), ("start",)])
@@ -175,16 +172,13 @@ def test_nothing_is_left_running_when_the_script_is_ended(guests: None, number: 
     with subprocess.Popen(
         [VM, "run", "--", "sleep", "1000"], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
     ) as process:
-        wait_until(lambda: any("qemu" in line for line in processes(process.pid)), "QEMU runs", GUEST_SECONDS)
-        children = [path for path in Path("/proc").glob("[0-9]*") if is_child(path, process.pid)]
+        wait_until(
+            lambda: any(name.startswith("qemu") for name in children(process.pid).values()),
+            "QEMU runs",
+            GUEST_SECONDS,
+        )
+        left = children(process.pid)
         process.send_signal(number)
         process.wait(30)
-    wait_until(lambda: not any(path.exists() for path in children), "QEMU and virtiofsd are gone", 10)
+    wait_until(lambda: not any(path.exists() for path in left), "QEMU and virtiofsd are gone", 10)
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
-
-
-def is_child(path: Path, parent: int) -> bool:
-    try:
-        return int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-    except OSError:  # it ended meanwhile
-        return False
