@@ -243,6 +243,18 @@ def test_not_toml_tells_the_line(refused: Callable[[str], str]) -> None:
             "backends.b.devices: expected an absolute path, not 'sdb'",
         ),
         (backend("devices = '/dev/sda'", "block"), "backends.b.devices: expected array, got str"),
+        (
+            backend("", "block"),
+            "backends.b.path: expected a directory of devices, or devices = [...], or volume_group = ...",
+        ),
+        (
+            backend("volume_group = 'vg0'\npath = '/dev/vg0'", "block"),
+            "backends.b.volume_group: expected neither path nor devices beside it",
+        ),
+        (
+            backend("volume_group = '/dev/vg0'", "block"),
+            "backends.b.volume_group: expected the name of one, not '/dev/vg0'",
+        ),
         (backend("pools = ['a', 5]", "rbd"), "backends.b.pools[1]: expected str, got int"),
         (backend("id = 5", "rbd"), "backends.b.id: expected str | null, got int"),
         (backend("path = '/x'\nread_only = 'yes'"), "backends.b.read_only: expected bool, got str"),

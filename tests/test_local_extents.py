@@ -47,6 +47,7 @@ class FileSystem:
     command: tuple[str, ...] = ()  # makes one; without it is one of memory
     holes: bool = True  # it knows them, and makes some
     mib: int = 32
+    options: tuple[str, ...] = ("rw",)  # of its mount
 
 
 TMPFS = FileSystem("tmpfs")  # punches, but zeroes no range
@@ -66,9 +67,9 @@ def mounted_file_system(made: FileSystem, top: Path) -> Iterator[Path]:
         image.touch()
         os.truncate(image, made.mib * MIB)
         succeed(*made.command, image)
-        succeed("mount", "-t", made.kind, "-o", "loop", image, directory)
+        succeed("mount", "-t", made.kind, "-o", ",".join(("loop", *made.options)), image, directory)
     else:
-        succeed("mount", "-t", made.kind, "none", directory)
+        succeed("mount", "-t", made.kind, "-o", ",".join(made.options), "none", directory)
     try:
         yield directory
     finally:
