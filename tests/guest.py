@@ -127,7 +127,7 @@ class Guest:
                 if report.when == "teardown":
                     return
             if ended:
-                yield own_report(item, "failed", self.last_words())
+                yield own_report(item, "failed", self.last_words(), when="call")
                 return
             time.sleep(0.05)
 
@@ -138,6 +138,8 @@ class Guest:
             report = self.config.hook.pytest_report_from_serializable(
                 config=self.config, data=json.loads(line)
             )
+            if isinstance(report.longrepr, list):  # of a skip: a tuple, which JSON does not know
+                report.longrepr = tuple(report.longrepr)
             self.came.setdefault(report.nodeid, []).append(report)
 
     def last_words(self) -> str:
@@ -168,7 +170,7 @@ def guest(config: pytest.Config, selected: list[str]) -> Iterator[Guest]:
                 stdin=subprocess.DEVNULL,
                 stdout=None if shown else output,
                 stderr=None if shown else output,
-                cwd=TOP,
+                cwd=config.rootpath,
                 env={**os.environ, "VIRTUAL_ENV": sys.prefix},
             )
         try:
@@ -197,6 +199,6 @@ def guest_options(config: pytest.Config) -> list[str]:
     return options
 
 
-def own_report(item: pytest.Item, outcome: Any, why: Any) -> pytest.TestReport:
+def own_report(item: pytest.Item, outcome: Any, why: Any, when: Any = "setup") -> pytest.TestReport:
     """A report by the host, of a test that did not run."""
-    return pytest.TestReport(item.nodeid, item.location, dict(item.keywords), outcome, why, "setup")
+    return pytest.TestReport(item.nodeid, item.location, dict(item.keywords), outcome, why, when)
