@@ -31,12 +31,11 @@ FIELDS = (
 DIRECTORIES = ("/usr/sbin", "/sbin")  # where the commands are, which are not in everybody's PATH
 # What lvm's messages mean, the first that fits; its exit code is 5 for all of them.
 ERRORS = (
-    (r"not found|failed to find|cannot find", errno.ENOENT),
+    (r"not found|failed to find|cannot find|invalid characters", errno.ENOENT),
     (r"in use|is used by|open count|device or resource busy", errno.EBUSY),
     (r"insufficient free space|not enough free|out of space", errno.ENOSPC),
-    (r"permission denied|non-root user", errno.EACCES),
+    (r"permission denied", errno.EACCES),
     (r"read-only", errno.EROFS),
-    (r"invalid characters|invalid name", errno.ENOENT),
 )
 
 
@@ -160,9 +159,8 @@ async def run(command: list[str], timeout: float, *, changes: bool = True) -> by
     return done.stdout
 
 
-_LIMITER = trio.CapacityLimiter(
-    8
-)  # of all backends together: lvm itself lets one after the other change something
+# Of all backends together: lvm itself lets but one after the other change something.
+_LIMITER = trio.CapacityLimiter(8)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
@@ -189,13 +187,14 @@ def _path_of(program: str) -> str | None:
 
 
 def _error(program: str, said: str) -> BackendError | VolumeNotFound:
-    """The first line that tells of an error; those after it repeat it in other words."""
+    """The first line that is no warning: those after it repeat it in other words."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    message = next((line for line in lines if not line.startswith("WARNING")), "; ".join(lines) or "failed")
-    number = next((number for words, number in ERRORS if re.search(words, said, re.IGNORECASE)), errno.EIO)
+    errors = [line for line in lines if not line.startswith("WARNING")] or lines or ["failed"]
+    told = "\n".join(errors)
+    number = next((number for words, number in ERRORS if re.search(words, told, re.IGNORECASE)), errno.EIO)
     if number == errno.ENOENT:
-        return VolumeNotFound(f"{program}: {message}")
-    return BackendError(f"{program}: {message}", number)
+        return VolumeNotFound(f"{program}: {errors[0]}")
+    return BackendError(f"{program}: {errors[0]}", number)
 
 
 def _parse(row: dict[str, Any]) -> LogicalVolume:
