@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import pytest
 from mounts import wait_until
-from services import MIB, Account, script
+from services import MIB, SLOWER, Account, script
 from targets import Tgtd, running_tgtd
 
 CONFIGFS = Path("/sys/kernel/config/target")
 BY_PATH = Path("/dev/disk/by-path")
-UDEV_SECONDS = 30.0  # everything is about twenty times as slow in the guest
+UDEV_SECONDS = 20.0 * SLOWER
 
 
 class Kind(Protocol):

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services import skip_or_fail
+from services import SLOWER, skip_or_fail
 
-START_SECONDS = 90.0  # in the guest on a busy host; a few are usual
-STOP_SECONDS = 30.0
+START_SECONDS = 30.0 * SLOWER
+STOP_SECONDS = 30.0 * SLOWER
 VOLFS = [sys.executable, "-m", "volfs"]
 
 
@@ -33,7 +33,7 @@ def run_volfs(
         env=environment,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=120 * SLOWER,
         check=False,
         **more,
     )

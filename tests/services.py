@@ -28,6 +28,7 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 SCRIPT = TOP / "scripts" / "services"
 MIB = 1024**2
+SLOWER = 5 if "VOLFS_VM" in os.environ else 1  # how much longer a deadline is where all code is translated
 WATCH_SECONDS = 45  # librados lets go of the watch of a killed client after 30 s
 
 
@@ -189,7 +190,7 @@ class Services:
             command,
             input=data,
             capture_output=True,
-            timeout=120,
+            timeout=120 * SLOWER,
             check=False,
             env={**self.environment, **(environment or {})},
         )
@@ -211,7 +212,7 @@ def services_command(*arguments: str, var: Path | None = None) -> subprocess.Com
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=200 * SLOWER,
         check=False,
         env=environment,
     )

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
-from services import skip_or_fail
+from services import SLOWER, skip_or_fail
 
-START_SECONDS = 10
+START_SECONDS = 10 * SLOWER
 IQN = "iqn.2026-01.org.volfs:test"
 
 
