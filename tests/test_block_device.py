@@ -175,9 +175,9 @@ async def test_closing_a_device_that_hangs_ends_at_the_deadline_and_lets_go_of_i
     assert called == ["closed"]
     assert processes_with(frozen.device) == [str(os.getpid())], "its number may not be another file's yet"
     frozen.thaw()
-    with trio.fail_after(10):
-        while processes_with(frozen.device):
-            await trio.sleep(0.01)
+    await trio.to_thread.run_sync(
+        wait_until, lambda: not processes_with(frozen.device), "the device is let go"
+    )
 
 
 async def test_what_is_no_block_device_is_not_opened(tmp_path: Path) -> None:

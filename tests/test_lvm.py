@@ -304,11 +304,12 @@ async def test_volumes_are_active_only_while_they_are_open(group: VolumeGroup, r
         content = random_bytes(MIB)
         for name in ("with-dash", "active", "thin", "thin-snap"):
             source = infos[name].source
-            reader = await backend.open(source, writable=False)
-            assert len(records(runtime)) == (name != "active")
             writer = await backend.open(source, writable=True)
-            await reader.aclose()
-            assert name in active(group), "closed by one of two"
+            assert len(records(runtime)) == (name != "active")
+            if name == "with-dash":
+                async with await backend.open(source, writable=False):
+                    pass
+                assert "with-dash" in active(group), "closed by one of two"
             await writer.pwrite(4096 - 7, content)
             assert await writer.pread(4096 - 7, MIB) == content
             await writer.aclose()
@@ -374,19 +375,19 @@ def mounted_group(directory: Path, group: VolumeGroup) -> Any:
 def test_what_a_killed_daemon_left_active_is_deactivated_at_the_next_start(
     group: VolumeGroup, runtime: Path, tmp_path: Path
 ) -> None:
-    group.create_thin("thin", 64 * MIB)
+    group.create_thin("thin", 32 * MIB)
     for name in ("thin", "pool"):
         group.activate(name, False)
     directory = tmp_path / "m"
     directory.mkdir()
     source = tmp_path / "sparse"
     with source.open("wb") as file:
-        file.truncate(64 * MIB)
+        file.truncate(32 * MIB)
         file.seek(20 * MIB)
         file.write(random_bytes(MIB))
     with mounted_group(directory, group) as mount:
         path = mount.path / "disks" / "thin"
-        done = mount.volfs("copy", source, path, "--verify")
+        done = mount.volfs("copy", source, path)
         assert done.returncode == 0, done.stderr
         wait_until(lambda: not active(group), "inactive after the copy", 60)
         file = os.open(path, os.O_RDWR)

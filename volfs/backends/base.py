@@ -16,7 +16,8 @@ Errors. Only `VolfsError`s and trio.Cancelled leave a driver: `VolumeNotFound` w
 there, otherwise `BackendError` with the errno and the message of the storage itself.
 
 Deadlines. No call waits longer than the backend's `timeout` for an answer of the storage; then it raises
-`BackendTimeout`. Local devices and files are the exception: Linux offers no way to take back such a request.
+`BackendTimeout`. Local files are the exception: Linux offers no way to take back such a request, and what it would do
+later is the page cache's. block_device.py tells how devices keep the promise.
 """
 
 from __future__ import annotations
