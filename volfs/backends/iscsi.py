@@ -219,7 +219,7 @@ class IscsiBackend(Backend):
             data |= {
                 "auth_method": "CHAP",
                 "auth_username": login.username,
-                "auth_password": login.password,
+                "auth_password": str(login.password),
             }
         multipath = source.multipath or bool(source.paths)
         return make_target(source.url, "iscsi", data, self.settings, multipath=multipath)
