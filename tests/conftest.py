@@ -12,6 +12,7 @@ import guest
 import pytest
 from commands import run  # noqa: F401
 from disks import disk, make_disk, own_disk, shared_disk  # noqa: F401
+from guest_volumes import guest_storage  # noqa: F401
 from hypothesis import settings
 from kernel_targets import iscsid, kernel_target, multipathd  # noqa: F401
 from lvm import new_group  # noqa: F401

@@ -6,19 +6,28 @@ import errno
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from mounts import Mount, is_mounted, mounted, require_fuse, run_volfs, wait_until
+from migrations import (
+    GARBAGE,
+    assert_holds,
+    by_cinders_dd,
+    by_command,
+    by_python_calls,
+    dd,
+    path_of,
+    sparse_content,
+)
+from mounts import Mount, is_mounted, mounted, require_fuse, run_volfs
 from services import MIB
 from volumes import Storage, StoredVolume, random_bytes, sha256
 
 from volfs import CopyError, api, close_volume, copy_volume_data, open_volume
 
 SIZE = 24 * MIB
-GARBAGE = b"\xa5"  # what a used target holds: where the source has a hole, it must be gone
 
 # Source and target; the sectors of iSCSI differ, so that both kinds are read and written.
 PAIRS = [
@@ -53,22 +62,6 @@ def granularity(kind: str) -> int:
     return {"rbd": 1, "file": 1, "block": 512, "iscsi-512": 512, "iscsi-4096": 4096}[kind]
 
 
-def sparse_content(size: int, seed: int) -> bytes:
-    """Random data and holes of many sizes, aligned to nothing; ends with data."""
-    content = bytearray(size)
-    offset, length = 0, 1000
-    while offset < size:
-        end = min(offset + length, size)
-        content[offset:end] = random_bytes(end - offset, seed + offset)
-        offset, length = end + 3 * length + 17, length * 2
-    content[-100:] = random_bytes(100, seed)
-    return bytes(content)
-
-
-def assert_holds(target: StoredVolume, content: bytes, tail: bytes = b"") -> None:
-    assert target.sha256() == sha256(content + tail)
-
-
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """One that serves nothing but what is attached."""
@@ -101,13 +94,9 @@ def test_a_migration_by_the_python_calls(
     content = sparse_content(SIZE + odd, seed=1)
     source = make(storage, source_kind, len(content), content)
     target = make(storage, target_kind, SIZE + MIB, GARBAGE * (SIZE + MIB))
-    done: list[int] = []
-    with open_volume(source.url) as reader, open_volume(target.url, "r+b") as writer:
-        copy_volume_data(reader, writer, len(content), progress=done.append, verify=True)
+    by_python_calls(client, source, target)
     assert_holds(source, content)
     assert_holds(target, content, GARBAGE * (SIZE + MIB - len(content)))
-    assert done == sorted(done)
-    assert done[-1] == len(content)
     assert_nothing_attached(client, source, target)
 
 
@@ -170,81 +159,54 @@ def test_a_daemon_started_on_demand_migrates(
 # ---- between files of one mount --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def file_of(everything: Mount) -> Callable[[StoredVolume], Path]:
-    def find(volume: StoredVolume) -> Path:
-        path = everything.path.joinpath(volume.driver, *volume.place)
-        wait_until(path.exists, f"{path} is listed")
-        return path
-
-    return find
-
-
 @ways([("rbd", "iscsi-512"), ("iscsi-512", "rbd")])
 def test_a_migration_by_the_command_on_paths(
-    everything: Mount,
-    file_of: Callable[[StoredVolume], Path],
-    module_storage: Storage,
-    source_kind: str,
-    target_kind: str,
+    everything: Mount, module_storage: Storage, source_kind: str, target_kind: str
 ) -> None:
     content = sparse_content(SIZE, seed=4)
     source = make(module_storage, source_kind, SIZE, content)
     target = make(module_storage, target_kind, SIZE + 4096, GARBAGE * (SIZE + 4096))
-    done = run_volfs(
-        "copy", file_of(source), file_of(target), "--verify", "--json", env=everything.environment
-    )
-    assert done.returncode == 0, done.stderr
+    by_command(everything, source, target)
     assert_holds(target, content, GARBAGE * 4096)
-    assert run_volfs("verify", file_of(source), file_of(target), "-q").returncode == 0
+    paths = path_of(everything, source), path_of(everything, target)
+    assert run_volfs("verify", *paths, "-q").returncode == 0
     source.write(b"changed", 12345)
-    differs = run_volfs("verify", file_of(source), file_of(target), "-q")
+    differs = run_volfs("verify", *paths, "-q")
     assert differs.returncode == 1
     assert "12345" in differs.stderr
 
 
 @ways(DD_PAIRS)
 def test_dd_as_cinder_calls_it(
-    file_of: Callable[[StoredVolume], Path], module_storage: Storage, source_kind: str, target_kind: str
+    everything: Mount, module_storage: Storage, source_kind: str, target_kind: str
 ) -> None:
-    """Probes that copy nothing and truncate, then the copy; both ends with O_DIRECT, no conv=notrunc."""
     content = sparse_content(SIZE, seed=5)
     source = make(module_storage, source_kind, SIZE, content)
     target = make(module_storage, target_kind, SIZE, GARBAGE * SIZE)
-    ends = [f"if={file_of(source)}", f"of={file_of(target)}"]
-
-    def dd(*arguments: str) -> None:
-        done = subprocess.run(["dd", *arguments], capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-
-    for flag in ("iflag=direct", "oflag=direct"):
-        dd("count=0", *ends, flag)
-        assert_holds(target, GARBAGE * SIZE)
-        assert file_of(target).stat().st_size == SIZE
-    dd(*ends, f"count={SIZE // MIB}", "bs=1M", "iflag=direct", "oflag=direct")
-    # It never syncs. The close at its end is the last place where an error could be told, so all is stable now.
+    by_cinders_dd(everything, source, target)
     assert_holds(target, content)
-    assert stat.S_ISREG(os.stat(file_of(target)).st_mode)
+    assert stat.S_ISREG(os.stat(path_of(everything, target)).st_mode)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target_kind", ["rbd", "iscsi-512"])
 def test_dd_with_sparse_onto_a_new_volume(
-    file_of: Callable[[StoredVolume], Path], module_storage: Storage, target_kind: str
+    everything: Mount, module_storage: Storage, target_kind: str
 ) -> None:
     """It seeks over zeros, and ends with a truncation to the full size, which is the size already."""
     content = sparse_content(SIZE - MIB, seed=6) + bytes(MIB)
     source = make(module_storage, "file", SIZE, content)
     target = make(module_storage, target_kind, SIZE, b"")
-    ends = [f"if={file_of(source)}", f"of={file_of(target)}"]
-    subprocess.run(["dd", *ends, "bs=1M", "conv=sparse", "status=none"], check=True, timeout=120)
+    ends = [f"if={path_of(everything, source)}", f"of={path_of(everything, target)}"]
+    dd(*ends, "bs=1M", "conv=sparse", "status=none")
     assert_holds(target, content)
 
 
 @pytest.mark.slow
-def test_cp_between_two_storages(file_of: Callable[[StoredVolume], Path], module_storage: Storage) -> None:
+def test_cp_between_two_storages(everything: Mount, module_storage: Storage) -> None:
     content = sparse_content(SIZE, seed=7)
     source = make(module_storage, "rbd", SIZE, content)
     target = make(module_storage, "block", SIZE, GARBAGE * SIZE)
-    subprocess.run(["cp", "--sparse=never", file_of(source), file_of(target)], check=True, timeout=120)
+    paths = path_of(everything, source), path_of(everything, target)
+    subprocess.run(["cp", "--sparse=never", *paths], check=True, timeout=120)
     assert_holds(target, content)

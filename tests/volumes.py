@@ -126,6 +126,11 @@ class StoredVolume(abc.ABC):
     undo: ExitStack = field(repr=False)  # removes it
 
     @property
+    def backend(self) -> str:
+        """What a mount of the prefix calls the backend."""
+        return self.driver
+
+    @property
     def source(self) -> Source:
         return self.source_of(self.url)
 
@@ -343,18 +348,20 @@ class Storage:
 
         `options`: of `services.image` and `services.lun`, and `sector_size` of `services.loop`.
         """
-        makers: dict[str, Callable[..., StoredVolume]] = {
+        undo = self._stack.enter_context(ExitStack())
+        made = self._makers()[driver](undo, size, **options)
+        if content:
+            made.write(content)
+        return made
+
+    def _makers(self) -> dict[str, Callable[..., StoredVolume]]:
+        return {
             "rbd": self._make_rbd,
             "iscsi": self._make_iscsi,
             "block": self._make_block,
             "file": self._make_file,
             "brick": self._make_brick,
         }
-        undo = self._stack.enter_context(ExitStack())
-        made = makers[driver](undo, size, **options)
-        if content:
-            made.write(content)
-        return made
 
     def _make_rbd(self, undo: ExitStack, size: int, **options: Any) -> RbdVolume:
         made = undo.enter_context(image(self.services, size, **options))

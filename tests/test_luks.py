@@ -1,0 +1,239 @@
+"""Encrypted volumes: os-brick's encryptor on a file of the mount, and what it may not do to the mount.
+
+The encryptor replaces the path it is given by a link to the decrypted device. Nothing on the mount is replaced, so a
+caller gives it a link from outside. In the guest (marker vm), which has dm-crypt.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from connectors import processutils
+from guest_volumes import GuestStorage, LogicalVolume
+from kernel_targets import succeed
+from migrations import GARBAGE, assert_holds, sparse_content
+from mounts import Mount, mounted, wait_until
+from os_brick import encryptors
+from os_brick.utils import connect_volume_prepare_result, connect_volume_undo_prepare_result
+from services import MIB
+from volumes import StoredVolume
+
+from volfs import api, copy_volume_data, open_volume
+from volfs.backends import brick_library
+
+pytestmark = pytest.mark.vm
+
+SIZE = 8 * MIB
+HEADER = 2 * MIB  # of LUKS 1, as cryptsetup makes it
+CONTENT = sparse_content(SIZE - HEADER, seed=1)
+SIGNATURE = b"LUKS\xba\xbe"
+CLOSE_SECONDS = 30.0
+
+
+class Key:
+    """A secret of Barbican's, as its client hands it out. os-brick takes the hexadecimal digits as passphrase."""
+
+    def __init__(self) -> None:
+        self._bytes = secrets.token_bytes(16)
+
+    def managed_type(self) -> str:
+        return "symmetric"
+
+    def get_encoded(self) -> bytes:
+        return self._bytes
+
+    @property
+    def passphrase(self) -> str:
+        return self._bytes.hex()
+
+    def get(self, context: object, key_id: str) -> Key:
+        """The part of the key manager, which has no other."""
+        return self
+
+
+class Connector:
+    """A connector of os-brick's as it would be for volfs: its own decorators make a link for the encryptor."""
+
+    def __init__(self, mount: Mount) -> None:
+        self.mount = mount
+
+    @connect_volume_prepare_result
+    def connect_volume(self, connection_properties: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "block", "path": str(attach(self.mount, connection_properties["url"]))}
+
+    @connect_volume_undo_prepare_result(unlink_after=True)
+    def disconnect_volume(
+        self,
+        connection_properties: dict[str, Any],
+        device_info: dict[str, Any],
+        force: bool = False,
+        ignore_errors: bool = False,
+    ) -> None:
+        api.detach(device_info["path"], wait=CLOSE_SECONDS, socket_path=str(self.mount.socket))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def os_brick() -> None:
+    brick_library.set_up(
+        brick_library.Options(
+            root_helper="sudo",
+            lock_path=brick_library.default_lock_path(),
+            use_multipath=False,
+            enforce_multipath=False,
+            device_scan_attempts=1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def mount(guest_storage: GuestStorage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    with mounted(tmp_path_factory.mktemp("m"), [], env=guest_storage.environment("rbd")) as mount:
+        yield mount
+
+
+@pytest.fixture(autouse=True)
+def client(mount: Mount, guest_storage: GuestStorage, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process is a client of the daemon. At the end nothing is left of any volume."""
+    monkeypatch.setenv("VOLFS_SOCKET", str(mount.socket))
+    for name, value in guest_storage.environment("rbd").items():
+        monkeypatch.setenv(name, value)
+    before = left()
+    yield
+    wait_until(lambda: left() == before, f"nothing is left: {left()}, before {before}", CLOSE_SECONDS)
+    status = api.status()
+    assert (status.attached, status.open) == ([], [])
+
+
+def left() -> dict[str, list[str]]:
+    """What an encryptor and the programs that it runs may leave."""
+    return {
+        "maps": [path.name for path in Path("/dev/mapper").glob("crypt-*")],
+        "loops": succeed("losetup", "--noheadings", "--output", "NAME,BACK-FILE").splitlines(),
+        "links": [str(path) for path in Path("/dev/disk/by-id").glob("os-brick*")],
+    }
+
+
+def attach(mount: Mount, url: str) -> Path:
+    attached, client = api.attach(url, socket_path=str(mount.socket))
+    client.close()
+    return Path(attached.path)
+
+
+def encryptor_of(path: Path, key: Key) -> Any:
+    info = {"driver_volume_type": "local", "data": {"device_path": str(path), "encrypted": True}}
+    return encryptors.get_volume_encryptor(
+        root_helper="sudo",
+        connection_info=info,
+        keymgr=key,
+        control_location="front-end",
+        provider=encryptors.LUKS,
+        encryption_key_id="1",
+    )
+
+
+Encrypted = Callable[[Mount, StoredVolume, Key, Path], Any]
+
+
+@contextmanager
+def by_a_link_of_the_callers(mount: Mount, volume: StoredVolume, key: Key, directory: Path) -> Iterator[Path]:
+    """As the README tells."""
+    path = attach(mount, volume.url)
+    link = directory / "disk"
+    link.symlink_to(path)
+    encryptor = encryptor_of(link, key)
+    encryptor.attach_volume(None)
+    try:
+        yield link
+    finally:
+        encryptor.detach_volume()
+        link.unlink()
+        api.detach(str(path), wait=CLOSE_SECONDS)
+
+
+@contextmanager
+def by_os_bricks_link(mount: Mount, volume: StoredVolume, key: Key, directory: Path) -> Iterator[Path]:
+    """As a connector of os-brick's would have it."""
+    properties = {"url": volume.url, "encrypted": True}
+    connector = Connector(mount)
+    device_info = connector.connect_volume(properties)
+    link = Path(device_info["path"])
+    encryptor = encryptor_of(link, key)
+    encryptor.attach_volume(None)
+    try:
+        yield link
+    finally:
+        encryptor.detach_volume()
+        connector.disconnect_volume(properties, device_info)
+
+
+def decrypted(volume: StoredVolume, key: Key, directory: Path) -> bytes:
+    """What the storage holds, decrypted without volfs."""
+    stored = directory / "stored"
+    stored.write_bytes(volume.read())
+    name = f"test-{secrets.token_hex(4)}"
+    command = ["cryptsetup", "open", "--type", "luks", "--readonly", "--key-file=-", stored, name]
+    subprocess.run(command, input=key.passphrase.encode(), check=True, timeout=60)
+    try:
+        return Path(f"/dev/mapper/{name}").read_bytes()
+    finally:
+        succeed("cryptsetup", "close", name)
+
+
+@pytest.mark.parametrize(
+    ("encrypted_kind", "plain_kind", "encrypted"),
+    [("rbd", "lvm", by_a_link_of_the_callers), ("lvm", "rbd", by_os_bricks_link)],
+    ids=["rbd", "lvm"],
+)
+def test_a_volume_is_encrypted_and_migrated_to_a_plain_one_and_back(
+    mount: Mount,
+    guest_storage: GuestStorage,
+    tmp_path: Path,
+    encrypted_kind: str,
+    plain_kind: str,
+    encrypted: Encrypted,
+) -> None:
+    """A plain volume is copied to a new encrypted one, which is copied to another plain one, and changed."""
+    key = Key()
+    volume = guest_storage.make(encrypted_kind, SIZE)
+    source = guest_storage.make(plain_kind, SIZE, CONTENT)
+    target = guest_storage.make(plain_kind, SIZE, GARBAGE * SIZE)
+    with encrypted(mount, volume, key, tmp_path) as link:
+        assert link.resolve().parent == Path("/dev")  # that of dm-crypt
+        with open_volume(source.url) as reader, link.open("r+b", 0) as writer:
+            copy_volume_data(reader, writer, len(CONTENT), verify=True)
+            os.fsync(writer.fileno())
+    assert volume.read().startswith(SIGNATURE)
+    assert decrypted(volume, key, tmp_path) == CONTENT
+    with encrypted(mount, volume, key, tmp_path) as link:
+        copied = tmp_path / "copied"
+        done = mount.volfs("copy", link, target.url, "--verify")
+        assert done.returncode == 0, done.stderr
+        copied.write_bytes(b"changed")
+        succeed("dd", f"if={copied}", f"of={link}", "conv=notrunc,fsync", "bs=7", "seek=1000", "status=none")
+    assert_holds(target, CONTENT, GARBAGE * HEADER)
+    changed = CONTENT[:7000] + b"changed" + CONTENT[7007:]
+    assert decrypted(volume, key, tmp_path) == changed
+    assert not (isinstance(volume, LogicalVolume) and volume.active)
+    assert volume.users() == []
+
+
+def test_the_mount_is_not_to_be_replaced_by_an_encryptor(mount: Mount, guest_storage: GuestStorage) -> None:
+    """Given the volume's own path, it fails; the file is there as before, and its own detach cleans up."""
+    volume = guest_storage.make("rbd", SIZE)
+    path = attach(mount, volume.url)
+    encryptor = encryptor_of(path, Key())
+    with pytest.raises(processutils.ProcessExecutionError, match="Operation not permitted"):
+        encryptor.attach_volume(None)
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert os.listdir(path.parent) == [path.name]
+    assert path.read_bytes().startswith(SIGNATURE)
+    encryptor.detach_volume()
+    api.detach(str(path), wait=CLOSE_SECONDS)
