@@ -132,9 +132,11 @@ def children(parent: int) -> dict[Path, str]:
 
 @pytest.fixture
 def guests() -> None:
-    """For tests that boot one on the host; says why there is none."""
+    """For tests that boot one by themselves: it is built, so that they wait for booting only."""
     if reason := why_not():
         skip_or_fail("vm", reason)
+    built = subprocess.run([VM, "build"], capture_output=True, text=True, timeout=900, check=False)
+    assert built.returncode == 0, built.stderr
 
 
 @pytest.mark.parametrize("arguments", [(), ("run",), ("build", "now"), ("start",)])
@@ -145,6 +147,7 @@ def test_wrong_usage_is_one_line_and_2(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_output_and_exit_code_of_the_command_are_passed_on(guests: None, tmp_path: Path) -> None:
     script = f"echo out; echo err >&2; echo $0 >{tmp_path}/shared; touch left-behind; exit 3"
     done = vm("run", "--share", str(tmp_path), "--", "sh", "-c", script, "two words")
@@ -154,6 +157,7 @@ def test_output_and_exit_code_of_the_command_are_passed_on(guests: None, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_a_command_that_hangs_ends_at_its_timeout(guests: None) -> None:
     done = vm("run", "--timeout", "2", "--", "sh", "-c", "echo begun; sleep 1000")
     assert (done.returncode, done.stdout) == (124, "begun\n")
@@ -161,6 +165,7 @@ def test_a_command_that_hangs_ends_at_its_timeout(guests: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_a_guest_that_panics_is_told(guests: None) -> None:
     done = vm("run", "--", "sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000")
     assert done.returncode == 125
@@ -169,6 +174,7 @@ def test_a_guest_that_panics_is_told(guests: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_running_when_the_script_is_ended(guests: None, number: signal.Signals) -> None:
     with subprocess.Popen(
