@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,13 @@ class LogicalVolume(StoredVolume):
 class GuestStorage(Storage):
     """Storage with the drivers `kernel` and `lvm` as well."""
 
+    def __init__(self, request: pytest.FixtureRequest, directory: Path, stack: ExitStack) -> None:
+        super().__init__(request, directory, stack)
+        # Before any volume is made, since they go after all volumes are gone.
+        # Another portal of the standing target: by its portal a URL tells which initiator is meant.
+        self.kernel_portal = self._new_portal()
+        self.group = stack.enter_context(volume_group(self._loops, GROUP_SIZE))
+
     def backends(self) -> Mapping[str, Mapping[str, Any]]:
         """A configuration with all storages, by what the volumes call their backend."""
         return {
@@ -93,18 +99,12 @@ class GuestStorage(Storage):
             "file": {"driver": "file", "path": self.prefix("file").removeprefix("file:")},
         }
 
-    @cached_property
-    def kernel_portal(self) -> str:
-        """Another one of the standing target. By its portal a URL tells which initiator is meant."""
+    def _new_portal(self) -> str:
         (portal,) = free_portals(1)
         change = ("tgtadm", "--lld", "iscsi", "--mode", "portal", "--param", f"portal={portal}", "--op")
         self.services.run(*change, "new")
         self._stack.callback(self.services.run, *change, "delete")
         return portal
-
-    @cached_property
-    def group(self) -> VolumeGroup:
-        return self._stack.enter_context(volume_group(self._loops, GROUP_SIZE))
 
     def _makers(self) -> dict[str, Callable[..., StoredVolume]]:
         return {**super()._makers(), "kernel": self._make_kernel, "lvm": self._make_lvm}

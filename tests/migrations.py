@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mounts import Mount, wait_until
-from services import MIB
+from services import MIB, SLOWER
 from volumes import StoredVolume, random_bytes, sha256
 
 from volfs import copy_volume_data, open_volume
 
 GARBAGE = b"\xa5"  # what a used target holds: where the source has a hole, it must be gone
-LIST_SECONDS = 30.0  # in the guest
+LIST_SECONDS = 10.0 * SLOWER
 
 
 def sparse_content(size: int, seed: int) -> bytes:
@@ -71,7 +71,9 @@ def by_cinders_dd(mount: Mount, source: StoredVolume, target: StoredVolume) -> N
 
 
 def dd(*arguments: str) -> None:
-    done = subprocess.run(["dd", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["dd", *arguments], capture_output=True, text=True, timeout=120 * SLOWER, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

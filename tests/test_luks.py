@@ -23,7 +23,7 @@ from mounts import Mount, mounted, wait_until
 from os_brick import encryptors
 from os_brick.utils import connect_volume_prepare_result, connect_volume_undo_prepare_result
 from services import MIB
-from volumes import StoredVolume
+from volumes import StoredVolume, write_file
 
 from volfs import api, copy_volume_data, open_volume
 from volfs.backends import brick_library
@@ -212,11 +212,9 @@ def test_a_volume_is_encrypted_and_migrated_to_a_plain_one_and_back(
     assert volume.read().startswith(SIGNATURE)
     assert decrypted(volume, key, tmp_path) == CONTENT
     with encrypted(mount, volume, key, tmp_path) as link:
-        copied = tmp_path / "copied"
         done = mount.volfs("copy", link, target.url, "--verify")
         assert done.returncode == 0, done.stderr
-        copied.write_bytes(b"changed")
-        succeed("dd", f"if={copied}", f"of={link}", "conv=notrunc,fsync", "bs=7", "seek=1000", "status=none")
+        write_file(link, b"changed", 7000)
     assert_holds(target, CONTENT, GARBAGE * HEADER)
     changed = CONTENT[:7000] + b"changed" + CONTENT[7007:]
     assert decrypted(volume, key, tmp_path) == changed
