@@ -450,7 +450,7 @@ def test_a_caller_loads_no_event_loop_and_no_storage_library(volume: StoredVolum
         ("file:/tmp/\udcff", SourceError, "expected"),
         ("file:/\0", SourceError, r"file:/\\x00: expected file:/PATH"),
         ({}, SourceError, "driver_volume_type: expected"),
-        ({"driver_volume_type": "nfs", "data": {}}, SourceError, "no driver for 'nfs'"),
+        ({"driver_volume_type": "smbfs", "data": {}}, SourceError, "no driver for 'smbfs'"),
         ({"driver_volume_type": "local", "data": {}}, SourceError, "data.device_path: expected"),
         ({"driver_volume_type": "local", "data": {"device_path": object()}}, SourceError, "expected"),
         ({"driver_volume_type": "local", "data": {"device_path": "/\udcff"}}, SourceError, "expected"),
@@ -803,7 +803,7 @@ def test_what_is_no_source_starts_nothing(
     [
         ("rbd:x", None, r"^rbd:x: expected rbd:POOL/\[NAMESPACE/\]IMAGE\[@SNAPSHOT\]$"),
         ("file:/x", "a/b", "^'a/b': expected a file name, without '/'$"),
-        ({"driver_volume_type": "nfs", "data": {}}, None, "^connection info: no driver for 'nfs'"),
+        ({"driver_volume_type": "smbfs", "data": {}}, None, "^connection info: no driver for 'smbfs'"),
     ],
     ids=repr,
 )

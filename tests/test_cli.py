@@ -367,9 +367,9 @@ def test_attach_by_connection_info(
         ("null", 2, "{path}: expected a connection info, an object"),
         ("{}", 2, "connection info: driver_volume_type: expected the name of a protocol"),
         (
-            '{"driver_volume_type": "nfs", "data": {}}',
+            '{"driver_volume_type": "smbfs", "data": {}}',
             2,
-            "connection info: no driver for 'nfs'; volfs knows rbd, iscsi, local",
+            "connection info: no driver for 'smbfs'; volfs knows rbd, iscsi, local, ",
         ),
         (
             '{"driver_volume_type": "local", "data": {"device_path": "sda"}}',
