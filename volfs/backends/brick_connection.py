@@ -325,24 +325,30 @@ def _take_down(
     if facts.borrowed:
         return
     others = [other for other in _living(record) if not other.borrowed]
-    failure: VolfsError | None = None
     if not any(_same_device(facts, other) for other in others):
-        try:
-            with library.errors(commands, f"{facts.name}: disconnect", data):
-                # By force, since what was written was flushed before; so os-brick goes through all steps, and tells
-                # at the end what failed.
-                connector.disconnect_volume(copy.deepcopy(dict(data)), dict(facts.device_info), force=True)
-        except VolfsError as exc:
-            failure = exc
+        _disconnect(connector, commands, data, facts)
     if facts.mount_point and not any(facts.mount_point == other.mount_point for other in others):
         with library.errors(commands, f"{facts.name}: unmount", data):
             _unmount(facts.mount_point, commands, facts.options)
-    with library.errors(commands, f"{facts.name}: disconnect", data):
-        left = _present(facts.protocol, connector, data) if failure else []
-    if failure and (left or facts.protocol not in library.SCSI):
-        raise failure
-    if failure:
-        log.warning("%s; nothing is left, though", failure)
+
+
+def _disconnect(
+    connector: library.Connector, commands: library.Commands, data: Mapping[str, Any], facts: _Facts
+) -> None:
+    """By force, since what was written was flushed before: os-brick goes through all steps, and tells of failures last.
+
+    A second time then, as most failures (to flush a disk that is gone) leave nothing that could fail again.
+    """
+
+    def disconnect() -> None:
+        with library.errors(commands, f"{facts.name}: disconnect", data):
+            connector.disconnect_volume(copy.deepcopy(dict(data)), dict(facts.device_info), force=True)
+
+    try:
+        disconnect()
+    except VolfsError as exc:
+        disconnect()
+        log.warning("%s; nothing is left, though", exc)
 
 
 def _unmount(mount_point: str, commands: library.Commands, options: library.Options) -> None:
