@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from kernel_targets import free_portals, succeed
 from lvm import VolumeGroup, volume_group
 from services import MIB, lun
-from volumes import IscsiVolume, Storage, StoredVolume, processes_with, write_file
+from volumes import IscsiVolume, Storage, StoredVolume, backing_file, processes_with, write_file
 
 GROUP_SIZE = 256 * MIB
 
@@ -28,54 +27,47 @@ class KernelIscsiVolume(IscsiVolume):
 
 @dataclass(kw_only=True)
 class LogicalVolume(StoredVolume):
-    """One that is not active but while it is read or written here."""
+    """A linear one, inactive when made.
+
+    Read and written where it is on the disk, below LVM: who had it open, or changed what is active, would be in the
+    way of volfs, which is to deactivate it.
+    """
 
     driver = "block"
     backend = "lvm"
     group: VolumeGroup = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.place[-1]
+    offset: int  # on the disk
 
     @property
     def path(self) -> Path:
-        return self.group.path(self.name)
+        return self.group.path(self.place[-1])
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.group.name}/{self.place[-1]}"
 
     @property
     def active(self) -> bool:
         return self.path.exists()
 
     def read(self) -> bytes:
-        with self.activated() as path:
-            # By O_DIRECT: the disk's own bytes, whatever is in the page cache.
-            command = ["dd", f"if={path}", "bs=1M", "iflag=direct", "status=none"]
-            return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        with backing_file(self.group.device).open("rb") as disk:
+            disk.seek(self.offset)
+            return disk.read(self.size)
 
     def write(self, data: bytes, offset: int = 0) -> None:
-        with self.activated() as path:
-            write_file(path, data, offset)
-
-    @contextmanager
-    def activated(self) -> Iterator[Path]:
-        if self.active:
-            yield self.path
-            return
-        self.group.activate(self.name)
-        try:
-            yield self.path
-        finally:
-            self.group.activate(self.name, False)
+        write_file(backing_file(self.group.device), data, self.offset + offset)
 
     def resize(self, size: int) -> None:
-        succeed("lvresize", "--yes", "--force", "--size", f"{size}b", f"{self.group.name}/{self.name}")
+        options = ("--yes", "--force", "--alloc", "contiguous")
+        succeed("lvresize", *options, "--size", f"{size}b", self.full_name)
         self.size = size
 
     def users(self) -> list[str]:
-        return processes_with(self.path) if self.active else []
+        return [f"{self.url} is active", *processes_with(self.path)] if self.active else []
 
     def protect(self) -> str:
-        succeed("lvchange", "--permission", "r", f"{self.group.name}/{self.name}")
+        succeed("lvchange", "--permission", "r", self.full_name)
         return self.url
 
 
@@ -128,6 +120,9 @@ class GuestStorage(Storage):
         path = group.create(name, size)
         undo.callback(succeed, "lvremove", "--yes", f"{group.name}/{name}")
         group.activate(name, False)
+        fields = "pe_start,vg_extent_size,pvseg_start"
+        form = ("--segments", "--noheadings", "--units", "b", "--nosuffix", "-o", fields)
+        begin, extent, number = map(int, succeed("pvs", *form, "--select", f"lv_name={name}").split())
         return LogicalVolume(
             size=size,
             prefix=f"block:/dev/{group.name}",
@@ -135,6 +130,7 @@ class GuestStorage(Storage):
             url=f"block:{path}",
             undo=undo,
             group=group,
+            offset=begin + number * extent,
         )
 
 

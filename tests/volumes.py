@@ -245,7 +245,7 @@ class BlockVolume(StoredVolume):
 
     @property
     def backing(self) -> Path:
-        return Path(Path(f"/sys/block/{self.device.name}/loop/backing_file").read_text().strip())
+        return backing_file(self.device)
 
     def read(self) -> bytes:
         return self.backing.read_bytes()  # of the disk, so to say; what is not flushed is not there
@@ -439,6 +439,10 @@ def write_file(path: Path, data: bytes, offset: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def backing_file(loop_device: Path) -> Path:
+    return Path(Path(f"/sys/block/{loop_device.name}/loop/backing_file").read_text().strip())
 
 
 def processes_with(path: Path) -> list[str]:
