@@ -180,6 +180,61 @@ def test_several_paths() -> None:
     assert IscsiBackend.parse_connection("iscsi", only_lists, {}) == source
 
 
+def test_paths_to_several_targets_are_for_multipath() -> None:
+    several = {
+        **CINDER,
+        "target_portals": ["192.0.2.1", "192.0.2.2", "192.0.2.3"],
+        "target_iqns": [IQN, IQN + "b", IQN + "b"],
+        "target_luns": [1, 2, 2],
+    }
+    source = IscsiBackend.parse_connection("iscsi", several, {})
+    assert [path[1:] for path in source.paths] == [(IQN, 1), (IQN + "b", 2), (IQN + "b", 2)]
+    first, second = source.alternatives
+    assert (first.portals, first.iqn, first.lun) == (("192.0.2.1:3260",), IQN, 1)
+    assert (second.portals, second.iqn, second.lun) == (("192.0.2.2:3260", "192.0.2.3:3260"), IQN + "b", 2)
+    wrong = {**several, "target_iqns": [IQN, IQN, "disk"]}
+    with pytest.raises(SourceError, match="an iSCSI name"):
+        IscsiBackend.parse_connection("iscsi", wrong, {})
+
+
+@pytest.mark.parametrize("installed", [True, False])
+async def test_the_kernel_opens_what_asks_for_multipath_unless_a_setting_says_who(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/sbin/{name}" if installed else None)
+    plain = {"target_portals": ["192.0.2.1", "192.0.2.2"], "target_iqns": [IQN] * 2, "target_luns": [1] * 2}
+    several = {**plain, "target_iqns": [IQN, IQN + "b"]}
+    enforced = {**plain, "enforce_multipath": True}
+    for initiator, expected in (
+        (None, [False, installed, True]),
+        ("user", [False, False, False]),
+        ("kernel", [True, True, True]),
+    ):
+        settings = IscsiSettings(portals=("192.0.2.1",), initiator=initiator)  # type: ignore[arg-type]
+        backend = IscsiBackend("san", settings)
+        sources = [IscsiBackend.parse_connection("iscsi", data, {}) for data in (plain, several, enforced)]
+        assert [backend._by_kernel(source) for source in sources] == expected, initiator
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"initiator_name": IQN},
+        {"header_digest": "crc32c"},
+        {
+            "chap_username": "a",
+            "chap_password": "b",
+            "mutual_chap_username": "c",
+            "mutual_chap_password": "d",
+        },
+    ],
+)
+def test_what_the_kernels_initiator_is_not_told_is_refused(setting: dict[str, Any]) -> None:
+    IscsiSettings(portals=("192.0.2.1",), **setting)
+    with pytest.raises(ValueError, match='with initiator = "kernel"'):
+        IscsiSettings(portals=("192.0.2.1",), initiator="kernel", **setting)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
