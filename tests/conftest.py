@@ -44,6 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(guest.plugin(config), "volfs-guest")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`thorough` is for who asks for it by `-m`. The guest runs what it is told to."""
+    if guest.INSIDE or "thorough" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    items[:] = [item for item in items if item not in left_out]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture
 def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Mount]]:
     """Mount: `mount(*prefixes, options=(), env=None)` and more of `mounted`. Unmounted after the test."""
