@@ -22,7 +22,7 @@ from services import MIB
 from volumes import raises, random_bytes
 
 from volfs import journal
-from volfs.backends import lvm, lvm_activation
+from volfs.backends import lvm
 from volfs.backends.base import VolumeInfo
 from volfs.backends.block import BlockBackend, BlockSettings, BlockSource
 from volfs.errors import BackendError, BackendTimeout, VolfsError, VolumeNotFound
@@ -213,39 +213,6 @@ async def test_an_activation_that_fails_leaves_no_record(
     assert records(runtime) == []
     changes = [line for line in (tmp_path / "calls").read_text().splitlines() if "lvchange" in line]
     assert changes[-1] == "lvchange --yes --activate n -- vg0/disk"
-
-
-BUSY = '[ "$3" = y ] || [ -e {path} ] || { echo "  Logical volume vg0/disk in use." >&2; exit 5; }'
-
-
-async def test_a_volume_that_udev_looks_into_is_deactivated_after_that(
-    script: Script, runtime: Path, tmp_path: Path
-) -> None:
-    once = BUSY.replace("exit 5", f"touch {tmp_path}/looked; exit 5").replace("{path}", f"{tmp_path}/looked")
-    script(lvs=report({}), lvchange=once)
-    activations = lvm_activation.Activations()
-    volume = await lvm.logical_volume("vg0/disk", 5)
-    await activations.acquire(volume, 5)
-    await activations.release(volume.unit, 5)
-    assert records(runtime) == []
-
-
-async def test_a_volume_that_somebody_has_open_is_deactivated_after_the_next_close(
-    script: Script, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lvm_activation, "BUSY_SECONDS", 0.0)
-    script(lvs=report({}), lvchange=BUSY.replace("{path}", f"{tmp_path}/closed"))
-    activations = lvm_activation.Activations()
-    volume = await lvm.logical_volume("vg0/disk", 5)
-    await activations.acquire(volume, 5)
-    await activations.release(volume.unit, 5)
-    assert len(records(runtime)) == 1
-    assert list(journal.orphans()) == [], "it has an owner"
-    script(lvs=report({"lv_attr": "-wi-a-----"}))
-    (tmp_path / "closed").touch()
-    await activations.acquire(volume, 5)
-    await activations.release(volume.unit, 5)
-    assert records(runtime) == []
 
 
 async def test_a_volume_that_cannot_be_deactivated_is_left_to_the_next_start(

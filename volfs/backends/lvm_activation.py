@@ -22,10 +22,6 @@ from volfs.errors import BackendError, VolfsError, VolumeNotFound
 log = logging.getLogger(__name__)
 
 DRIVER = "block"
-# For how long a volume that somebody has open is tried again: udev looks into each that was activated, and on a slow
-# machine it does so for longer than the five seconds that lvchange itself goes on trying.
-BUSY_SECONDS = 15.0
-BUSY_PAUSE = 0.5
 
 
 @dataclass(slots=True)
@@ -70,10 +66,10 @@ class Activations:
             with trio.CancelScope(shield=True):
                 async with unit.lock:
                     unit.users -= 1
-                    if not unit.users and unit.record is not None:
-                        record, unit.record = unit.record, None
-                        if not await _undo(unit_name, record, timeout):
-                            unit.record = record  # the next last close, or the next start, tries again
+                    record = unit.record
+                    if not unit.users and record is not None:
+                        unit.record = None
+                        await _undo(unit_name, record, timeout)
         finally:
             self._leave(unit_name, unit)
 
@@ -92,8 +88,7 @@ class Activations:
         except BaseException:
             try:
                 with trio.CancelScope(shield=True):
-                    if not await _undo(volume.unit, record, timeout):
-                        await trio.to_thread.run_sync(record.release)
+                    await _undo(volume.unit, record, timeout)
             except VolfsError as exc:
                 log.warning("%s", exc)
             raise
@@ -101,7 +96,7 @@ class Activations:
 
     def _leave(self, unit_name: str, unit: _Unit) -> None:
         unit.waiting -= 1
-        if not unit.users and not unit.waiting and unit.record is None:
+        if not unit.users and not unit.waiting:
             del self._units[unit_name]
 
 
@@ -120,35 +115,17 @@ async def clean_up(facts: Mapping[str, Any], timeout: float) -> None:
             await lvm.deactivate(volume.unit, timeout)
 
 
-async def _undo(unit_name: str, record: journal.Record, timeout: float) -> bool:
-    """Deactivate it, and remove the record; False when somebody else has it open.
-
-    After any other error the record is left to the next start of a daemon.
-    """
+async def _undo(unit_name: str, record: journal.Record, timeout: float) -> None:
+    """Deactivate it. If that cannot be, the record is left to the next start of a daemon."""
     try:
         try:
-            await _deactivate(unit_name, timeout)
+            await lvm.deactivate(unit_name, timeout)
         except VolumeNotFound:  # removed behind our back
             pass
         await trio.to_thread.run_sync(record.remove)
     except BackendError as exc:
+        await trio.to_thread.run_sync(record.release)
         if exc.errno != errno.EBUSY:
-            await trio.to_thread.run_sync(record.release)
             raise
         # Whoever has it open relies on it now; our bytes are stable, and our descriptor is closed.
         log.warning("%s stays active, somebody else has it open: %s", unit_name, exc)
-        return False
-    return True
-
-
-async def _deactivate(unit_name: str, timeout: float) -> None:
-    until = trio.current_time() + BUSY_SECONDS
-    while True:
-        try:
-            await lvm.deactivate(unit_name, timeout)
-        except BackendError as exc:
-            if exc.errno != errno.EBUSY or trio.current_time() >= until:
-                raise
-        else:
-            return
-        await trio.sleep(BUSY_PAUSE)
