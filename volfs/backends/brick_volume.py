@@ -9,7 +9,6 @@ import stat
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import trio
 
@@ -20,6 +19,7 @@ from volfs.backends.brick_connection import Connection, Target
 from volfs.backends.local import local_errors
 from volfs.backends.raw_file import FileVolume, open_file
 from volfs.errors import BackendError, VolfsError
+from volfs.identity import sys_directory
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def _look(path: str) -> Properties:
         return Properties(status.st_size, block_size=1, writable=True)
     if not stat.S_ISBLK(status.st_mode):
         raise OSError(errno.ENOTBLK, "neither a block device nor a regular file")
-    sys = Path(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
+    sys = sys_directory(status)
     writable = sys.joinpath("ro").read_text().strip() != "1"
     return Properties(int(sys.joinpath("size").read_text()) * BLOCK_UNIT, BLOCK_UNIT, writable)
 
