@@ -28,6 +28,10 @@ FIELDS = (
     "vg_name,lv_name,lv_uuid,lv_size,lv_attr,lv_path,origin,origin_size,pool_lv,data_percent,lv_layout,lv_time"
     ",vg_extent_size"
 )
+# Left to itself LVM looks where each link below /dev leads. os-brick puts links to paths of ours there
+# (os_brick.utils.CUSTOM_LINK_PREFIX):
+# LVM would wait for us, as we for LVM. udev knows all disks, and no link that it did not make.
+CONFIG = 'devices { obtain_device_list_from_udev = 1 } report { time_format = "%s" }'
 DIRECTORIES = ("/usr/sbin", "/sbin")  # where the commands are, which are not in everybody's PATH
 # What lvm's messages mean, the first that fits; its exit code is 5 for all of them.
 ERRORS = (
@@ -93,8 +97,7 @@ class LogicalVolume:
 
 async def logical_volumes(name: str, timeout: float) -> list[LogicalVolume]:
     """All that lvs shows of a volume group (`vg0`), or a volume (`vg0/disk`). VolumeNotFound, BackendError."""
-    time_format = 'report/time_format="%s"'
-    output = ("--reportformat", "json", "--units", "b", "--nosuffix", "--config", time_format)
+    output = ("--reportformat", "json", "--units", "b", "--nosuffix")
     told = await run(["lvs", *output, "-o", FIELDS, "--", name], timeout, changes=False)
     try:
         report = msgspec.json.decode(told)["report"]
@@ -171,7 +174,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
     try:
         # A session of its own: Ctrl-C is for us, and ends no lvchange half-way.
         return subprocess.run(
-            [path, *command[1:]],
+            [path, "--config", CONFIG, *command[1:]],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,

@@ -202,7 +202,7 @@ class OpenFile:
         self.closing, self.untouched = True, False
         if self.writable:
             await self.fsync()
-        else:
+        elif self.read_to:  # some backends run half a dozen programs to find out
             try:
                 size = (await self.volume.refresh()).size
             except VolumeNotFound as exc:
