@@ -26,6 +26,7 @@ from typing import Any
 
 import bench_sparse
 import bench_subjects
+import bench_vm
 from bench_subjects import PEERS, Volume
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ from volfs.version import VERSION
 
 LIMIT = "fio rbd"  # librbd without a file in between
 FILL = 4 * MIB
+VM_SIZE_MIB = 16
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ Samples = dict[str, dict[str, list[float]]]  # of each job, of each subject, one
 
 def main() -> int:
     options = _arguments()
+    if options.vm:
+        return bench_vm.run(options.size_mib)
     if missing := bench_subjects.missing_programs():
         return _fail(f"{', '.join(missing)}: not installed (scripts/setup)")
     if options.sparse:
@@ -125,19 +129,28 @@ def _arguments() -> argparse.Namespace:
         "--sparse", action="store_true", help="instead: copies of a terabyte that is nearly empty, against dd"
     )
     parser.add_argument(
+        "--vm",
+        action="store_true",
+        help="instead: beside krbd and rbd-nbd in the guest of scripts/vm, same bytes?",
+    )
+    parser.add_argument(
         "--driver", action="append", choices=list(PEERS), help="only this one; may be repeated"
     )
     parser.add_argument("--job", default="", help="only jobs with this in their name")
     parser.add_argument("--rounds", type=int, help="how often each job is run (5; quick: 3)")
     parser.add_argument("--seconds", type=float, help="how long fio runs (4; quick: 0.6)")
-    parser.add_argument("--size-mib", type=int, help="of each volume (1024; quick: 256)")
+    parser.add_argument("--size-mib", type=int, help="of each volume (1024; quick: 256; vm: 16)")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
     parser.add_argument(
         "--floor", type=float, help="what each ratio that has a floor has to reach, in place of that"
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 when a ratio is below its floor")
     options = parser.parse_args()
-    for name, full, quick in (("rounds", 5, 3), ("seconds", 4.0, 0.6), ("size_mib", 1024, 256)):
+    for name, full, quick in (
+        ("rounds", 5, 3),
+        ("seconds", 4.0, 0.6),
+        ("size_mib", VM_SIZE_MIB if options.vm else 1024, 256),
+    ):
         value = getattr(options, name)
         if value is None:
             setattr(options, name, quick if options.quick else full)

@@ -1,8 +1,8 @@
 """Tests marked `vm` run in the guest of scripts/vm, and are reported here under their own names.
 
-On the host one guest is booted for all of them, before the other tests: nothing else runs then that needs the
-processors. It runs pytest on just these tests and hands over each report as it comes, by a file that both see. In
-the guest (VOLFS_VM is set) they are ordinary tests. conftest.py registers `plugin` for both.
+On the host a guest for each processor is booted for them, before the other tests: nothing else runs then that needs
+the processors. Each runs pytest on its share of the tests and hands over each report as it comes, by a file that both
+see. In the guest (VOLFS_VM is set) they are ordinary tests. conftest.py registers `plugin` for both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from services import TOP, is_required, load_script
 
 VM = TOP / "scripts" / "vm"
 INSIDE = "VOLFS_VM" in os.environ
-RUN_SECONDS = 1500  # for all tests in the guest
+RUN_SECONDS = 1500  # for all tests in a guest
+MOST_GUESTS = 2  # each has four gigabytes of memory
+TEST_SECONDS = 5  # of a test whose mark does not say it
 STOP_SECONDS = 30
 PASSED_ON = ("PYTHONPATH", "VOLFS_REQUIRE", "CI")  # variables that the guest's pytest gets
 LAST_LINES = 40
@@ -50,12 +52,12 @@ class Messenger:
 
 
 class Host:
-    """On the host: have the selected tests run in a guest that is booted when the first is due."""
+    """On the host: have the selected tests run in guests that are booted when the first is due."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.stack = contextlib.ExitStack()
-        self.guest: Guest | None = None
+        self.guests: dict[str, Guest] = {}  # by the test that runs there
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         if item.get_closest_marker("vm"):
@@ -87,13 +89,27 @@ class Host:
                 return [own_report(item, "failed", f"vm is required: {reason}")]
             path, line, _ = item.location
             return [own_report(item, "skipped", (path, line or 0, f"Skipped: vm: {reason}"))]
-        if self.guest is None:
-            selected = [one.nodeid for one in item.session.items if one.get_closest_marker("vm")]
-            self.guest = self.stack.enter_context(guest(self.config, selected))
-        return self.guest.reports(item)
+        if not self.guests:
+            for part in parts(item.session.items, min(len(os.sched_getaffinity(0)), MOST_GUESTS)):
+                self.guests |= dict.fromkeys(part, self.stack.enter_context(guest(self.config, part)))
+        return self.guests[item.nodeid].reports(item)
 
     def pytest_sessionfinish(self) -> None:
         self.stack.close()
+
+
+def parts(items: Iterable[pytest.Item], number: int) -> list[list[str]]:
+    """The tests for so many guests at the most, cut in their order where the times that their marks tell are even."""
+    seconds: dict[str, float] = {}
+    for item in items:
+        if mark := item.get_closest_marker("vm"):
+            seconds[item.nodeid] = mark.kwargs.get("seconds", TEST_SECONDS)
+    found: list[list[str]] = [[] for _ in range(number)]
+    passed, total = 0.0, sum(seconds.values())
+    for nodeid, each in seconds.items():
+        found[int((passed + each / 2) * number / total)].append(nodeid)
+        passed += each
+    return [part for part in found if part]
 
 
 def why_not() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def succeed(*command: str | Path) -> str:
 
 
 class Lio:
-    """The kernel's own target, set up by configfs: targetcli takes seconds for each command under translation."""
+    """The kernel's own target, set up by configfs: targetcli takes a second for each command in the guest."""
 
     def __init__(self, iqn: str) -> None:
         self.iqn = CONFIGFS / "iscsi" / iqn
@@ -216,25 +217,52 @@ def kernel_target(tmp_path: Path) -> Iterator[MakeTarget]:
 # ---- initiator -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def daemon(
-    *command: str, ready: Callable[[], bool], seconds: float = UDEV_SECONDS
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon that stays in the foreground, until SIGTERM."""
-    process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        wait_until(lambda: process.poll() is not None or ready(), f"{command[0]} is ready", seconds)
-        assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
-        yield process
-    finally:
-        process.terminate()
+@dataclass
+class Daemon:
+    """One that stays in the foreground, until SIGTERM."""
+
+    command: tuple[str, ...]
+    ready: Callable[[], bool]
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *self.command],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.process = process
+        name = self.command[0]
+        wait_until(lambda: process.poll() is not None or self.ready(), f"{name} is ready", UDEV_SECONDS)
+        assert process.poll() is None, f"{name} ended with {process.returncode}"
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def pause(self, paused: bool = True) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        self.process.terminate()
         try:
-            process.wait(UDEV_SECONDS)
+            self.process.wait(UDEV_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self.kill()
+
+
+@contextlib.contextmanager
+def daemon(*command: str, ready: Callable[[], bool]) -> Iterator[Daemon]:
+    made = Daemon(command, ready)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 def answers(*command: str) -> bool:
@@ -242,7 +270,7 @@ def answers(*command: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def iscsid() -> Iterator[subprocess.Popen[bytes]]:
+def iscsid() -> Iterator[Daemon]:
     """The daemon of the kernel's initiator, for the session."""
     succeed("modprobe", "iscsi_tcp")
     name = Path("/etc/iscsi/initiatorname.iscsi")
@@ -251,20 +279,20 @@ def iscsid() -> Iterator[subprocess.Popen[bytes]]:
     listening = Path("/proc/net/unix")
     with daemon(
         "iscsid", "-f", ready=lambda: "ISCSIADM_ABSTRACT_NAMESPACE" in listening.read_text()
-    ) as process:
-        yield process
+    ) as running:
+        yield running
 
 
 @pytest.fixture
-def multipathd() -> Iterator[subprocess.Popen[bytes]]:
+def multipathd() -> Iterator[Daemon]:
     """Makes maps of devices with more than one path."""
     succeed("modprobe", "-a", "dm_multipath", "dm_round_robin", "dm_service_time")
     Path("/etc/multipath.conf").write_text(
         "defaults {\n user_friendly_names no\n find_multipaths no\n polling_interval 2\n}\n"
         'blacklist {\n devnode "^(nvme|loop|ram)"\n}\n'
     )
-    with daemon("multipathd", "-d", ready=lambda: answers("multipathd", "show", "status")) as process:
-        yield process
+    with daemon("multipathd", "-d", ready=lambda: answers("multipathd", "show", "status")) as running:
+        yield running
 
 
 @contextlib.contextmanager

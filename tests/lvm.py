@@ -54,7 +54,8 @@ def volume_group(directory: Path, size: int) -> Iterator[VolumeGroup]:
     """On a loop device of a sparse file; removed with all that is in it."""
     name = f"vg-{secrets.token_hex(4)}"
     with loop(directory, size) as device:
-        succeed("vgcreate", "--yes", name, device)
+        # Else udev activates all that is in it when it sees the new group, at some time after that.
+        succeed("vgcreate", "--yes", "--setautoactivation", "n", name, device)
         try:
             yield VolumeGroup(name, device)
         finally:

@@ -28,7 +28,7 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 SCRIPT = TOP / "scripts" / "services"
 MIB = 1024**2
-SLOWER = 5 if "VOLFS_VM" in os.environ else 1  # how much longer a deadline is where all code is translated
+SLOWER = 5 if "VOLFS_VM" in os.environ else 1  # how much longer a deadline is in the guest
 WATCH_SECONDS = 45  # librados lets go of the watch of a killed client after 30 s
 
 

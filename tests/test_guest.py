@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from guest import MOST_GUESTS
 from services import TOP
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ guest.VM = pathlib.Path(__file__).with_name("vm")
 guest.why_not = lambda: {why_not!r}
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "vm: in the guest")
+    config.addinivalue_line("markers", "vm(seconds): in the guest")
     config.addinivalue_line("markers", "slow: left out")
     config.pluginmanager.register(guest.plugin(config))
 """
@@ -121,7 +122,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
-def test_each_test_is_reported_as_it_went_in_one_guest(project: Project) -> None:
+def test_each_test_is_reported_as_it_went(project: Project) -> None:
     shown = project.run("-k", "not kills and not after")
     for line in (
         "PASSED test_it.py::test_passes",
@@ -136,7 +137,16 @@ def test_each_test_is_reported_as_it_went_in_one_guest(project: Project) -> None
         "1 failed, 5 passed, 1 skipped, 2 deselected, 1 xfailed, 1 error",
     ):
         assert line in shown, shown
-    assert project.boots() == 1
+
+
+def test_tests_are_shared_out_among_guests_by_their_time(project: Project) -> None:
+    other = "import pytest\n\n@pytest.mark.vm(seconds=15)\ndef test_other():\n    pass\n"
+    (project.directory / "test_more.py").write_text(other)
+    shown = project.run("-k", "names or other")
+    for name in ("test_it.py::test_names[a b]", "test_it.py::test_names[@e]", "test_more.py::test_other"):
+        assert f"PASSED {name}" in shown, shown
+    booted = (project.directory / "booted").read_text().splitlines()
+    assert len(booted) == min(MOST_GUESTS, len(os.sched_getaffinity(0)))
 
 
 def test_a_test_without_a_result_fails_with_the_last_words(project: Project) -> None:
@@ -153,13 +163,12 @@ def test_only_what_is_selected_runs_and_x_ends_it(project: Project) -> None:
     shown = project.run("-x", "test_it.py::test_fails", "test_it.py::test_passes")
     assert "1 failed" in shown, shown
     assert "passed" not in shown.splitlines()[-1], shown
-    assert project.boots() == 1
 
 
 def test_a_host_without_it_skips_unless_it_is_required(tmp_path: Path) -> None:
-    project = Project(tmp_path, why_not="no QEMU")
+    project = Project(tmp_path, why_not="no kernel")
     assert "1 passed, 10 skipped" in project.run()
     shown = project.run(VOLFS_REQUIRE="vm")
     assert "1 passed, 10 errors" in shown, shown
-    assert "vm is required: no QEMU" in shown
+    assert "vm is required: no kernel" in shown
     assert project.boots() == 0

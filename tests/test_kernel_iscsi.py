@@ -8,21 +8,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from kernel_targets import KernelTarget, MakeTarget, TgtdKind, sessions, succeed
-from mounts import wait_until
+from guest_volumes import configuration
+from kernel_targets import Daemon, KernelTarget, MakeTarget, TgtdKind, sessions, succeed
+from mounts import VOLFS, Mount, mounted, wait_until
 from services import MIB
 from volumes import random_bytes, write_file
 
-from volfs import recovery
+from volfs import journal, recovery
 from volfs.backends import brick_library
 from volfs.backends.base import BackendVolume
 from volfs.backends.iscsi import IscsiBackend
@@ -30,9 +30,10 @@ from volfs.backends.iscsi_source import IscsiSettings, IscsiSource
 from volfs.errors import BackendError, BackendTimeout, VolfsError
 from volfs.source import parse_connection_info
 
-pytestmark = pytest.mark.vm
+pytestmark = pytest.mark.vm(seconds=20)
 
 SIZE = 4 * MIB
+COPIED = 96 * MIB  # long enough for something to fail meanwhile
 DEADLINE = 60.0  # for what happens in the background; all is slow in the guest
 
 
@@ -189,28 +190,75 @@ async def test_two_paths_are_one_disk_that_outlives_one_of_them(
     assert await trio.Path(target.backing).read_bytes() == content
 
 
-def test_what_a_killed_process_left_is_gone_after_the_next_start(
-    kernel_target: MakeTarget, runtime: Path
+def mounted_target(directory: Path, target: KernelTarget) -> AbstractContextManager[Mount]:
+    """A daemon with a backend that has the target, by the kernel."""
+    account = target.account
+    settings = {"portals": list(target.portals), "initiator": "kernel"}
+    if account:
+        settings |= {"chap_username": account.user, "chap_password": account.secret}
+    directory.mkdir(exist_ok=True)
+    config = configuration(directory / "volfs.toml", {"san": {"driver": "iscsi"} | settings})
+    config.chmod(0o600)
+    return mounted(directory, [], ["--config", str(config)])
+
+
+def path_in(mount: Mount, target: KernelTarget) -> Path:
+    return mount.path / "san" / target.iqn / str(target.lun)
+
+
+def test_what_a_killed_daemon_left_is_gone_after_the_next_start(
+    kernel_target: MakeTarget, runtime: Path, tmp_path: Path
 ) -> None:
-    """What a daemon's start calls; test_brick.py has a daemon, which takes minutes to start here."""
-    source = source_of(kernel_target("lio", SIZE, chap=True))
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        trio.run(hold_open, source, writer)
-    assert os.read(reader, 1) == b"x"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    target = kernel_target("lio", SIZE, chap=True)
+    with mounted_target(tmp_path / "m", target) as mount:
+        file = os.open(path_in(mount, target), os.O_RDWR)
+        os.pwrite(file, b"stable", 5)
+        os.fsync(file)
+        mount.process.kill()
+        mount.process.wait()
+        with pytest.raises(OSError, match="not connected"):
+            os.close(file)
+        succeed("umount", "-l", mount.path)
     assert set(left(runtime)) == {"sessions", "disks", "nodes", "records"}
-    trio.run(recovery.clean_up)
-    assert left(runtime) == {}
+    with mounted_target(tmp_path / "m", target) as mount:
+        assert left(runtime) == {}
+        assert path_in(mount, target).read_bytes()[5:11] == b"stable"
 
 
-async def hold_open(source: IscsiSource, writer: int) -> None:
-    """Open the volume, tell so, and wait to be killed."""
-    async with opened(source):
-        os.write(writer, b"x")
-        await trio.sleep_forever()
+def test_a_copy_outlives_one_of_two_paths(
+    multipathd: object, kernel_target: MakeTarget, runtime: Path, tmp_path: Path
+) -> None:
+    target, size = kernel_target("lio", COPIED, portals=2), COPIED
+    source = tmp_path / "source"
+    source.write_bytes(random_bytes(MIB) * (size // MIB))
+    info = target.connection_info
+    info["data"]["enforce_multipath"] = True
+    info_path = tmp_path / "connection.json"
+    info_path.write_text(json.dumps(info))
+    with mounted(tmp_path / "m", []) as mount:
+        attached = mount.volfs("attach", "--connection-info", info_path)
+        assert attached.returncode == 0, attached.stderr
+        path = attached.stdout.strip()
+        command = [*VOLFS, "copy", "--quiet", source, path]
+        copy = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_until(lambda: written(target) > MIB or copy.poll() is not None, "the copy has begun", DEADLINE)
+        failing = disks()[0] / "device" / "state"
+        failing.write_text("offline\n")
+        begun = written(target)
+        output, _ = copy.communicate(timeout=120)
+        assert copy.returncode == 0, output
+        (name,) = succeed("multipathd", "show", "maps", "raw", "format", "%n").split()
+        table = succeed("dmsetup", "status", name)
+        assert table.count(" F ") == 1, f"one path has failed: {table}"
+        assert begun < size, "the path failed before the copy was done"
+        failing.write_text("running\n")
+        detached = mount.volfs("detach", path)
+        assert detached.returncode == 0, detached.stderr
+    assert target.backing.read_bytes() == source.read_bytes()
+
+
+def written(target: KernelTarget) -> int:
+    return target.backing.stat().st_blocks * 512
 
 
 async def within(seconds: float, call: Callable[[], Any]) -> VolfsError | None:
@@ -261,14 +309,14 @@ async def test_a_target_that_restarts_or_hangs_ends_no_wait_late(
 
 
 async def test_an_initiator_that_hangs_delays_only_the_disconnect(
-    iscsid: subprocess.Popen[bytes], kernel_target: MakeTarget, runtime: Path
+    iscsid: Daemon, kernel_target: MakeTarget, runtime: Path
 ) -> None:
     """iscsid logs in and out; the bytes are moved by the kernel. What was not undone in time is, in the background."""
     target = kernel_target("tgtd", SIZE)
 
     async def use() -> None:
-        async with opened(source_of(target), connect_timeout=20) as volume:
-            iscsid.send_signal(signal.SIGSTOP)
+        async with opened(source_of(target), connect_timeout=15) as volume:
+            iscsid.pause()
             await volume.pwrite(0, b"still")
             await volume.flush()
 
@@ -278,4 +326,36 @@ async def test_an_initiator_that_hangs_delays_only_the_disconnect(
         assert "disconnect" in str(failed)
         assert len(sessions()) == 1
     finally:
-        iscsid.send_signal(signal.SIGCONT)
+        iscsid.pause(False)
+
+
+async def test_an_initiator_that_is_killed_ends_no_input_or_output_and_nothing_is_left(
+    iscsid: Daemon, kernel_target: MakeTarget, runtime: Path
+) -> None:
+    """Nobody can log out then. The record of it is kept, and the next start of a daemon does it."""
+    target = kernel_target("tgtd", SIZE)
+
+    async def use() -> None:
+        async with opened(source_of(target), connect_timeout=15) as volume:
+            iscsid.kill()
+            await volume.pwrite(0, b"still")
+            await volume.flush()
+
+    try:
+        failed = await within(60, use)
+        assert isinstance(failed, BackendError), failed
+        assert len(sessions()) == 1
+        assert target.backing.read_bytes()[:5] == b"still"
+        await trio.to_thread.run_sync(wait_until, given_up, "the disconnect is given up", DEADLINE)
+    finally:
+        iscsid.start()
+    await recovery.clean_up()
+    assert left(runtime) == {}
+
+
+def given_up() -> bool:
+    """Whether a record is left to the next start of a daemon."""
+    records = list(journal.orphans())
+    for record in records:
+        record.release()
+    return bool(records)

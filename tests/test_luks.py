@@ -28,7 +28,7 @@ from volumes import StoredVolume, write_file
 from volfs import api, copy_volume_data, open_volume
 from volfs.backends import brick_library
 
-pytestmark = [pytest.mark.vm, pytest.mark.thorough]
+pytestmark = pytest.mark.vm(seconds=45)
 
 SIZE = 8 * MIB
 HEADER = 2 * MIB  # of LUKS 1, as cryptsetup makes it

@@ -8,12 +8,13 @@ import signal
 import subprocess
 from pathlib import Path
 
+import bench_vm
 import pytest
 from guest import VM, why_not
 from kernel_targets import MakeTarget, logged_in, sessions, succeed
 from lvm import GroupFactory
 from mounts import mounted, wait_until
-from services import MIB, TOP, Image, skip_or_fail
+from services import MIB, TOP, Image, Services, skip_or_fail
 
 MODULES = [
     *("iscsi_tcp", "dm_multipath", "dm_crypt", "dm_thin_pool"),
@@ -98,11 +99,20 @@ def test_volfs_mounts_in_the_guest(tmp_path: Path) -> None:
         assert file.read_bytes() == data + bytes(3 * MIB)
 
 
-@pytest.mark.vm
-@pytest.mark.timeout(600)
+@pytest.mark.vm(seconds=18)
 def test_ceph_runs_in_the_guest(rbd_image: Image) -> None:
     rbd_image.write(b"volfs", offset=MIB)
     assert rbd_image.read()[MIB : MIB + 5] == b"volfs"
+
+
+@pytest.mark.vm(seconds=20)
+def test_the_kernels_ways_to_an_image_have_the_same_bytes(
+    services: Services, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench_vm.run(4) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == ["volfs", "krbd", "rbd-nbd"]
+    assert shown.count("the same bytes") == 3
 
 
 # ---- outside ---------------------------------------------------------------------------------------------------
@@ -119,15 +129,20 @@ def vm(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def children(parent: int) -> dict[Path, str]:
-    """The directories in /proc of a process's children, and their names."""
-    found = {}
+def descendants(ancestor: int) -> dict[Path, str]:
+    """The directories in /proc of all processes below one, and their names."""
+    names, parents = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
             name, _, rest = (path / "stat").read_text().partition("(")[2].rpartition(")")
-            if int(rest.split()[1]) == parent:
-                found[path] = name
-    return found
+            names[path], parents[path] = name, Path("/proc") / rest.split()[1]
+    found: dict[Path, str] = {}
+    begin = Path("/proc") / str(ancestor)
+    while True:
+        more = {path: names[path] for path in names if path not in found and parents[path] in (begin, *found)}
+        if not more:
+            return found
+        found |= more
 
 
 @pytest.fixture
@@ -180,13 +195,9 @@ def test_nothing_is_left_running_when_the_script_is_ended(guests: None, number: 
     with subprocess.Popen(
         [VM, "run", "--", "sleep", "1000"], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
     ) as process:
-        wait_until(
-            lambda: any(name.startswith("qemu") for name in children(process.pid).values()),
-            "QEMU runs",
-            GUEST_SECONDS,
-        )
-        left = children(process.pid)
+        wait_until(lambda: "linux.uml" in descendants(process.pid).values(), "the guest runs", GUEST_SECONDS)
+        left = descendants(process.pid)
         process.send_signal(number)
         process.wait(30)
-    wait_until(lambda: not any(path.exists() for path in left), "QEMU and virtiofsd are gone", 10)
+    wait_until(lambda: not any(path.exists() for path in left), "the guest is gone", 10)
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
