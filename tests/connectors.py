@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from volfs.backends import brick_library
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its libraries; later imports of it find it there
     from os_brick.initiator import connector
@@ -94,6 +96,19 @@ class Connector(LocalConnector):  # type: ignore[misc]
 
     def _path(self, data: dict[str, Any]) -> Path:
         return self.steps.directory / f"connected-{data['uuid']}"
+
+
+def set_up_os_brick() -> None:
+    """As a program does that uses os-brick by itself, root for what takes root."""
+    brick_library.set_up(
+        brick_library.Options(
+            root_helper="sudo",
+            lock_path=brick_library.default_lock_path(),
+            use_multipath=False,
+            enforce_multipath=False,
+            device_scan_attempts=1,
+        )
+    )
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from fakes import fake_daemon
 from mounts import Mount, is_mounted, mounted, require_fuse, wait_until
 from services import MIB, Services
 from test_architecture import HEAVY
-from volumes import Storage, StoredVolume, ceph_environment, random_bytes
+from volumes import Storage, StoredVolume, ceph_environment, cinder_data, random_bytes
 
 import volfs
 from volfs import api, control
@@ -543,7 +543,8 @@ def test_a_path_that_is_on_no_volfs_mount_is_not_handed_out(tmp_path: Path) -> N
         volfs.open_volume("rbd:a/disk", "wb", socket_path=path)
     assert (str(caught.value), caught.value.errno) == (f"{ordinary}: not on a volfs mount", errno.EINVAL)
     assert ordinary.read_bytes() == b"ordinary"
-    assert json.loads(heard[2]) == {"type": "Detach", "lease": 7, "name": None, "wait": api.CLOSE_SECONDS}
+    detach = {"type": "Detach", "lease": 7, "name": None, "wait": api.CLOSE_SECONDS, "all_handles": False}
+    assert json.loads(heard[2]) == detach
 
 
 # Connection infos
@@ -558,30 +559,7 @@ def test_connection_info_of_rbd(
 ) -> None:
     """As Cinder 29 makes it: no keyring in it, no path of a configuration. Those are the caller's."""
     made = make_volume("rbd", SIZE, DATA)
-    host, port = (
-        services.json("ceph", "mon", "dump", "--format", "json")["mons"][0]["addr"]
-        .split("/")[0]
-        .rsplit(":", 1)
-    )
-    info = {
-        "driver_volume_type": "rbd",
-        "data": {
-            "name": "/".join(made.place),
-            "hosts": [host],
-            "ports": [port],
-            "cluster_name": "ceph",
-            "auth_enabled": True,
-            "auth_username": services.user,
-            "secret_type": "ceph",
-            "secret_uuid": "0d9c2d3e-54ae-4ac3-8fd4-6f4d9a0f5b3a",
-            "volume_id": "5f1d2e0c-0d2f-4c7e-9c52-0b6a0d5ad1f1",
-            "discard": True,
-            "access_mode": "rw",
-            "encrypted": False,
-            "qos_specs": None,
-            "cacheable": False,
-        },
-    }
+    info = {"driver_volume_type": "rbd", "data": cinder_data(made)}
     monkeypatch.setenv("CEPH_CONF", str(services.ceph_conf))
     monkeypatch.setenv("CEPH_ARGS", f"--keyring {services.keyring}")
     with volfs.open_volume(info, "r+b") as file:
@@ -593,7 +571,7 @@ def test_connection_info_of_rbd(
 
     # By its monitors alone, the key given along, as older releases did.
     key = services.run("ceph", "auth", "print-key", f"client.{services.user}").decode()
-    info["data"]["keyring"] = f"[client.{services.user}]\n\tkey = {key}\n"  # type: ignore[index]
+    info["data"]["keyring"] = f"[client.{services.user}]\n\tkey = {key}\n"
     monkeypatch.delenv("CEPH_CONF")
     monkeypatch.delenv("CEPH_ARGS")
     with volfs.open_volume(info) as file:

@@ -445,6 +445,41 @@ def backing_file(loop_device: Path) -> Path:
     return Path(Path(f"/sys/block/{loop_device.name}/loop/backing_file").read_text().strip())
 
 
+def cinder_data(volume: StoredVolume) -> dict[str, Any]:
+    """`data` of the volume's connection info, as Cinder 29 makes it: nothing of a keyring or of a configuration."""
+    common: dict[str, Any] = {
+        "volume_id": "5f1d2e0c-0d2f-4c7e-9c52-0b6a0d5ad1f1",
+        "access_mode": "rw",
+        "encrypted": False,
+        "qos_specs": None,
+        "cacheable": False,
+    }
+    if isinstance(volume, IscsiVolume):
+        portal = volume.services.portal
+        iqn, number = volume.place
+        return common | {
+            "target_discovered": False,
+            "target_portal": portal,
+            "target_iqn": iqn,
+            "target_lun": int(number),
+        }
+    assert isinstance(volume, RbdVolume)
+    services = volume.image.services
+    mons = services.json("ceph", "mon", "dump", "--format", "json")["mons"]
+    host, port = mons[0]["addr"].split("/")[0].rsplit(":", 1)
+    return common | {
+        "name": "/".join(volume.place),
+        "hosts": [host],
+        "ports": [port],
+        "cluster_name": "ceph",
+        "auth_enabled": True,
+        "auth_username": services.user,
+        "secret_type": "ceph",
+        "secret_uuid": "0d9c2d3e-54ae-4ac3-8fd4-6f4d9a0f5b3a",
+        "discard": True,
+    }
+
+
 def processes_with(path: Path) -> list[str]:
     """The processes, by id, that have a file or device open."""
     found = []

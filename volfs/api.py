@@ -20,7 +20,7 @@ from typing import IO, Any
 from volfs import control
 from volfs.backends import caller_environment, is_url, split_url
 from volfs.control import Attach, Attached, Client, Detach, Done, Status, StatusReply, Unmount
-from volfs.errors import ControlError, MountError, SourceError, VolumeNotFound
+from volfs.errors import ControlError, MountError, SourceError, VolfsError, VolumeNotFound
 
 ATTACH_SECONDS = 180.0  # for a backend to be connected to, and asked
 CLOSE_SECONDS = 60.0  # for the backend to let go of a volume
@@ -53,7 +53,7 @@ def open_volume(
     """
     # What open() would refuse, it refuses here, before anything is attached.
     open(os.devnull, mode.replace("x", "w"), buffering, encoding, errors, newline).close()
-    lease = _Lease(source, name, socket_path)
+    lease = Lease(source, name, socket_path)
     try:
         _check_mounted(lease.attached.path)
         # FileIO knows binary modes only; the text layer comes on top, as in open().
@@ -204,32 +204,65 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-class _Lease:
-    """An attachment held for one file object, on a connection of its own."""
+class Lease:
+    """An attachment, held on a connection of its own until it is released, or this process dies. Any thread.
 
-    def __init__(self, source: str | ConnectionInfo, name: str | None, socket_path: str | None) -> None:
+    `release` waits for the file handles that this process is closing; with `all_handles` the last lease on the volume
+    waits for those of all processes, and is kept, with EBUSY, when some stay open: `release` may be called again.
+    """
+
+    def __init__(
+        self,
+        source: str | ConnectionInfo,
+        name: str | None = None,
+        socket_path: str | None = None,
+        *,
+        all_handles: bool = False,
+    ) -> None:
+        self._all_handles = all_handles
         self.attached, self._client = attach(source, name, hold=True, socket_path=socket_path)
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._released = False
 
-    def release(self) -> None:
+    @property
+    def is_own(self) -> bool:
+        """Whether this process made it. A forked child must not detach its parent's volume."""
+        return os.getpid() == self._process
+
+    @property
+    def is_held(self) -> bool:
+        return not self._released
+
+    def abandon(self) -> None:
+        """Have the daemon detach the volume as soon as nobody has it open, and do not wait for it."""
+        with self._lock:
+            self._released = True
+        self._client.close()
+
+    def release(self, wait: float = CLOSE_SECONDS) -> None:
+        """Detach, within `wait` seconds. VolfsError: what could not be closed; ControlError: the daemon is gone."""
         with self._lock:
             if self._released:
                 return
             self._released = True
         try:
-            if os.getpid() == self._process:  # a forked child must not detach its parent's volume
-                request = Detach(lease=self.attached.lease, wait=CLOSE_SECONDS)
-                self._client.call(request, Done, timeout=2 * CLOSE_SECONDS)
+            if self.is_own:
+                request = Detach(lease=self.attached.lease, wait=wait, all_handles=self._all_handles)
+                self._client.call(request, Done, timeout=wait + CLOSE_SECONDS)
+        except VolfsError as exc:
+            if exc.errno == errno.EBUSY and self._all_handles:
+                self._released = False
+            raise
         finally:
-            self._client.close()
+            if self._released:
+                self._client.close()
 
 
 class _VolumeIO(io.FileIO):
     """The raw file under what open_volume returns: closing it, however that is done, makes stable and detaches."""
 
-    def __init__(self, path: str, mode: str, lease: _Lease) -> None:
+    def __init__(self, path: str, mode: str, lease: Lease) -> None:
         self._lease = lease
         super().__init__(path, mode)
 

@@ -76,6 +76,8 @@ class Attachments:
                 self._backends.hold(backend)  # the attachment's own use of it
             elif attachment.info.source != info.source or attachment.backend is not backend:
                 raise VolfsError(f"attached/{name} is {attachment.info.source.url} already", errno.EEXIST)
+            else:
+                attachment.info = info  # its size may be another by now
         finally:
             await self._backends.release(backend)
         lease = next(self._numbers)

@@ -52,13 +52,14 @@ class Attach(msgspec.Struct, tag=True, kw_only=True):
 class Detach(msgspec.Struct, tag=True, kw_only=True):
     """Give up leases: that of `lease`, or all of the attachment that `name` (or URL, or path) tells.
 
-    Waits up to `wait` seconds for file handles on the volume: with `lease` for those of the client's own process,
-    with `name` for all.
+    Waits up to `wait` seconds for file handles on the volume: with `lease` for those of the client's own process, or,
+    if `all_handles`, for all once nobody else has a lease on the volume; with `name` for all.
     """
 
     lease: int | None = None
     name: str | None = None
     wait: float = 5.0
+    all_handles: bool = False
 
 
 class Status(msgspec.Struct, tag=True):

@@ -201,7 +201,9 @@ class Daemon:
                 return control.Done()
             # Of several leases of one process on one volume, by whatever name, the last one waits for its handles.
             leases = {lease for it in self._attachments if it.same_volume(attachment) for lease in it.leases}
-            if not any(
+            if request.all_handles and leases == {request.lease}:
+                await self._wait_for_handles(attachment, request.wait, None)
+            elif not any(
                 other is not client and other.pid == client.pid and other.leases & leases
                 for other in self._clients
             ):

@@ -1,0 +1,194 @@
+"""Connectors for os-brick whose volumes are files of a volfs mount.
+
+They stand in for those of os-brick, which for RBD return a Python object that no dd can copy, and for iSCSI need the
+kernel's initiator and root. The interface is that of os_brick.initiator.initiator_connector.InitiatorConnector, where
+`connection_properties` is the `data` of a connection info.
+
+A volume stays connected as long as the process that connected it lives, or until it is disconnected; when the process
+dies, the daemon lets go of it by itself. One process may connect a volume more than once, and owes as many
+disconnects. No lock between processes is needed: the daemon, which serves them all, does one thing at a time to a
+volume. Any thread may call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from os_brick import exception, utils
+from os_brick.initiator.connectors.base import BaseLinuxConnector
+
+from volfs import api
+from volfs.backends import caller_environment
+from volfs.errors import SourceError, VolfsError, VolumeNotFound
+from volfs.source import parse_connection_info
+
+log = logging.getLogger(__name__)
+
+DISCONNECT_SECONDS = (
+    60.0  # for programs that have the volume open to end, and for what they wrote to be stable
+)
+SECTOR = 512
+
+Properties = Mapping[str, Any]
+
+
+class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
+    """What is the same for all protocols. `socket_path` is that of the daemon, by default this user's own."""
+
+    protocol: ClassVar[str]  # driver_volume_type of the connection infos
+
+    def __init__(self, root_helper: str, *args: Any, socket_path: str | None = None, **kwargs: Any) -> None:
+        super().__init__(root_helper, *args, **kwargs)
+        self.socket_path = socket_path
+
+    @staticmethod
+    def get_connector_properties(root_helper: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing that a storage would have to know of this host."""
+        return {}
+
+    @utils.connect_volume_prepare_result  # type: ignore[untyped-decorator, unused-ignore]
+    def connect_volume(self, connection_properties: Properties) -> dict[str, Any]:
+        """Attach the volume. `path` is a str, the volume's file; `volfs_lease` is for `disconnect_volume`."""
+        with _errors(f"{self.protocol}: connect"):
+            lease = api.Lease(self._info(connection_properties), None, self.socket_path, all_handles=True)
+        return {"type": "block", "path": lease.attached.path, "volfs_lease": _LEASES.keep(lease)}
+
+    @utils.connect_volume_undo_prepare_result(unlink_after=True)  # type: ignore[untyped-decorator, unused-ignore]
+    def disconnect_volume(
+        self,
+        connection_properties: Properties,
+        device_info: Properties | None = None,
+        force: bool = False,
+        ignore_errors: bool = False,
+    ) -> None:
+        """Return when all is stable and the storage knows of no user any more, but for those who connected it as well.
+
+        BrickException when something could not be made stable, or a program has the volume open still; in this case it
+        stays connected, but with `force`, which has the daemon let go when that program ends. What this process did
+        not connect is detached from everybody. `ignore_errors` makes log lines of errors.
+        """
+        # connect_volume_prepare_result passes what connect_volume returned as the properties, and nothing else.
+        known = device_info or connection_properties
+        try:
+            with _errors(f"{self.protocol}: disconnect"):
+                if not _LEASES.release(known.get("volfs_lease"), force):
+                    self._detach(connection_properties, known)
+        except exception.BrickException as exc:
+            if not ignore_errors:
+                raise
+            log.warning("%s", exc)
+
+    def get_volume_paths(self, connection_properties: Properties) -> list[str]:
+        """The volume's path where it is connected, by whomever; else none."""
+        with _errors(f"{self.protocol}: paths"):
+            url = parse_connection_info(self._info(connection_properties), caller_environment(os.environ)).url
+            try:
+                status = api.status(socket_path=self.socket_path)
+            except VolfsError:  # no daemon: it would be started by the first volume
+                return []
+        directory = os.path.join(status.mountpoint, "attached")
+        return [os.path.join(directory, it.name) for it in status.attached if it.source == url]
+
+    def get_search_path(self) -> str | None:
+        """The directory of all connected volumes; None without a daemon."""
+        try:
+            return os.path.join(api.status(socket_path=self.socket_path).mountpoint, "attached")
+        except VolfsError:
+            return None
+
+    def extend_volume(self, connection_properties: Properties) -> int:
+        """The size in bytes that the volume has on the storage now."""
+        with _errors(f"{self.protocol}: extend"):
+            lease = api.Lease(self._info(connection_properties), None, self.socket_path)
+            try:
+                return lease.attached.size
+            finally:
+                lease.release()
+
+    def check_valid_device(self, path: str, run_as_root: bool = True) -> bool:
+        """Whether a first sector can be read there, as root or as this user."""
+        if run_as_root:
+            return bool(super().check_valid_device(path, run_as_root))
+        try:
+            with open(path, "rb", 0) as file:
+                return len(file.read(SECTOR)) > 0
+        except OSError as exc:
+            log.warning("%s: %s", path, exc.strerror)
+            return False
+
+    def _info(self, connection_properties: Properties) -> dict[str, Any]:
+        return {"driver_volume_type": self.protocol, "data": dict(connection_properties)}
+
+    def _detach(self, connection_properties: Properties, known: Properties) -> None:
+        path = known.get("path")
+        paths = [path] if isinstance(path, str) else self.get_volume_paths(connection_properties)
+        for each in paths:
+            try:
+                api.detach(each, wait=DISCONNECT_SECONDS, socket_path=self.socket_path)
+            except VolumeNotFound:  # already
+                pass
+
+
+class RbdConnector(VolfsConnector):
+    """Ceph RBD by librbd, without the kernel's client."""
+
+    protocol = "rbd"
+
+
+class IscsiConnector(VolfsConnector):
+    """iSCSI in user space, or as the daemon is configured."""
+
+    protocol = "iscsi"
+
+
+class _Leases:
+    """What this process has connected. A child that it forks has none of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._leases: dict[str, api.Lease] = {}
+        self._numbers = itertools.count(1)
+
+    def keep(self, lease: api.Lease) -> str:
+        """What the lease is known by, in an answer that its caller may want to keep as JSON."""
+        with self._lock:
+            key = f"{os.getpid()}-{next(self._numbers)}"
+            self._leases[key] = lease
+        return key
+
+    def release(self, key: object, force: bool) -> bool:
+        """Release it; False when it is none of this process. With `force` it is given up whatever happens."""
+        with self._lock:
+            lease = self._leases.pop(key, None) if isinstance(key, str) else None
+        if lease is None or not lease.is_own:
+            return False
+        try:
+            lease.release(DISCONNECT_SECONDS)
+        except VolfsError:
+            if force:
+                lease.abandon()
+            elif lease.is_held:
+                with self._lock:
+                    self._leases[str(key)] = lease
+            raise
+        return True
+
+
+_LEASES = _Leases()
+
+
+@contextmanager
+def _errors(doing: str) -> Iterator[None]:
+    """Ours as os-brick's, with our words."""
+    try:
+        yield
+    except SourceError as exc:
+        raise exception.InvalidParameterValue(err=f"volfs: {doing}: {exc}") from exc
+    except VolfsError as exc:
+        raise exception.BrickException(message=f"volfs: {doing}: {exc}") from exc
