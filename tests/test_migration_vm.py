@@ -55,17 +55,13 @@ def prepared(
 
 
 def pairs() -> Iterator[Any]:
-    """Each pair by one way, so that each storage is source and is target by each way.
-
-    All three for each pair would take three times as long, and show nothing that the ends do not show one by one.
-    Without the thorough ones each storage is source once, and target once.
-    """
-    ways, kinds = list(WAYS), list(KINDS)
-    for (first, source), (second, target) in itertools.permutations(enumerate(kinds), 2):
-        # Steps from one to the other in the circle of kinds: 1 to 4, for each of them as source and as target.
-        steps = (second - first) % len(kinds)
-        way = ways[(first if steps == 1 else steps) % len(ways)]
-        marks = [] if steps == 1 else [pytest.mark.thorough]
+    """Each pair by each way. Those that are not thorough have each storage as source once and as target once."""
+    for (number, source), target, way in itertools.product(enumerate(KINDS), KINDS, WAYS):
+        if source == target:
+            continue
+        is_next = list(KINDS).index(target) == (number + 1) % len(KINDS)
+        its_turn = way == list(WAYS)[number % len(WAYS)]
+        marks = [] if is_next and its_turn else [pytest.mark.thorough]
         yield pytest.param(source, target, way, marks=marks, id=f"{source}-to-{target}-by-{way}")
 
 

@@ -17,9 +17,9 @@ import msgspec
 import trio
 
 from volfs.backends import lvm, lvm_activation
-from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Settings, Source, VolumeInfo
+from volfs.backends.base import Backend, Entry, Settings, Source, VolumeInfo
 from volfs.backends.block_device import BlockDevice, open_device
-from volfs.backends.local import local_errors, normal_path, volume_path
+from volfs.backends.local import device_properties, local_errors, normal_path, volume_path
 from volfs.backends.lvm_activation import ACTIVATIONS
 from volfs.backends.lvm_reports import Reports
 from volfs.errors import BackendError, SourceError, VolumeNotFound
@@ -219,15 +219,13 @@ class BlockBackend(Backend):
         status = os.stat(source.path)
         if not stat.S_ISBLK(status.st_mode):
             raise VolumeNotFound(f"{source.path}: not a block device")
-        # Read from sysfs: opening a device to learn its size would make multipath and udev look at it again.
-        sys = sys_directory(status)
-        ro = sys.joinpath("ro").read_text().strip() == "1"
+        properties = device_properties(status)
         return VolumeInfo(
             name=source.name,
             source=source,
-            size=int(sys.joinpath("size").read_text()) * BLOCK_UNIT,
+            size=properties.size,
             mtime_ns=status.st_mtime_ns,
-            read_only=ro or source.read_only or self.settings.read_only,
+            read_only=not properties.writable or source.read_only or self.settings.read_only,
             identity=local_identity(status),
         )
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 import trio
 
 from volfs.backends import brick_connection
-from volfs.backends.base import BLOCK_UNIT, BackendVolume, Extent, Properties
+from volfs.backends.base import BackendVolume, Extent, Properties
 from volfs.backends.block_device import open_device
 from volfs.backends.brick_connection import Connection, Target
-from volfs.backends.local import local_errors
+from volfs.backends.local import device_properties, local_errors
 from volfs.backends.raw_file import FileVolume, open_file
 from volfs.errors import BackendError, VolfsError
-from volfs.identity import sys_directory
 
 log = logging.getLogger(__name__)
 
@@ -198,9 +197,7 @@ def _look(path: str) -> Properties:
         return Properties(status.st_size, block_size=1, writable=True)
     if not stat.S_ISBLK(status.st_mode):
         raise OSError(errno.ENOTBLK, "neither a block device nor a regular file")
-    sys = sys_directory(status)
-    writable = sys.joinpath("ro").read_text().strip() != "1"
-    return Properties(int(sys.joinpath("size").read_text()) * BLOCK_UNIT, BLOCK_UNIT, writable)
+    return device_properties(status)
 
 
 async def _open_path(

@@ -16,8 +16,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from volfs import extents
-from volfs.backends.base import ZEROES, BackendVolume, Properties
+from volfs.backends.base import BLOCK_UNIT, ZEROES, BackendVolume, Properties
 from volfs.errors import BackendError, VolfsError, VolumeNotFound
+from volfs.identity import sys_directory
 
 T = TypeVar("T")
 
@@ -110,6 +111,13 @@ class LocalVolume(BackendVolume):
         size = await self._run(end_of, self._fd, doing="size")
         self.properties = replace(self.properties, size=size)
         return self.properties
+
+
+def device_properties(status: os.stat_result) -> Properties:
+    """Those of a block device that is not opened for it: multipath and udev would look at it again."""
+    directory = sys_directory(status)
+    size = int(directory.joinpath("size").read_text()) * BLOCK_UNIT
+    return Properties(size, BLOCK_UNIT, writable=directory.joinpath("ro").read_text().strip() != "1")
 
 
 def normal_path(path: str) -> str:
