@@ -47,6 +47,7 @@ LAYERS = """
     DRIVERS
     volfs.backends.brick_volume
     volfs.backends.brick_connection volfs.backends.block_device volfs.backends.raw_file
+    volfs.backends.brick_target
     volfs.backends.brick_library volfs.backends.device_requests volfs.backends.local
     volfs.backends.block_ranges
     volfs.backends.base volfs.journal

@@ -18,7 +18,7 @@ import trio
 
 from volfs.backends import brick_connection
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Properties, Source, VolumeInfo
-from volfs.backends.brick_connection import ConnectorSettings, Target, make_target
+from volfs.backends.brick_target import ConnectorSettings, Target, make_target
 from volfs.backends.brick_volume import ConnectedVolume, Connections, look, open_connected
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 

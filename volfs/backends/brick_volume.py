@@ -15,7 +15,8 @@ import trio
 from volfs.backends import brick_connection
 from volfs.backends.base import BackendVolume, Extent, Properties
 from volfs.backends.block_device import open_device
-from volfs.backends.brick_connection import Connection, Target
+from volfs.backends.brick_connection import Connection
+from volfs.backends.brick_target import Target
 from volfs.backends.local import device_properties, local_errors
 from volfs.backends.raw_file import FileVolume, open_file
 from volfs.errors import BackendError, VolfsError

@@ -26,7 +26,7 @@ import trio
 
 from volfs.backends import iscsi_source
 from volfs.backends.base import Backend, BackendVolume, Directory, Entry, Source, VolumeInfo
-from volfs.backends.brick_connection import Target, make_target
+from volfs.backends.brick_target import Target, make_target
 from volfs.backends.brick_volume import Connections, open_connected
 from volfs.backends.iscsi_disk import Disk, find_disk, list_luns, probe
 from volfs.backends.iscsi_login import Login, discover, log_in, resolve

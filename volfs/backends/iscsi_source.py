@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from volfs.backends.base import Source
-from volfs.backends.brick_connection import ConnectorSettings
+from volfs.backends.brick_target import ConnectorSettings
 from volfs.backends.iscsi_login import normal_portal
 from volfs.errors import SourceError
 
