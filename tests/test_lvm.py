@@ -89,7 +89,10 @@ Script = Callable[..., None]
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """script(lvs=..., lvchange=...): shell commands in place of LVM's; each call is noted in `calls`."""
+    """script(lvs=..., lvchange=...): shell commands in place of LVM's; each call is noted in `calls`.
+
+    All are told first to follow no links below /dev: see lvm.CONFIG.
+    """
     directory = tmp_path / "bin"
     directory.mkdir()
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
@@ -97,7 +100,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     def make(**commands: str) -> None:
         for name, text in commands.items():
             path = directory / name
-            path.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n{text}\n')
+            told = 'case "$1 $2" in "--config devices { obtain_device_list_from_udev = 1"*) shift 2;; *) exit 9;; esac'
+            path.write_text(f'#!/bin/sh\n{told}\necho "{name} $*" >> {tmp_path}/calls\n{text}\n')
             path.chmod(0o755)
 
     return make
