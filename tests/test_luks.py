@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from connectors import processutils
+from connectors import processutils, set_up_os_brick
 from guest_volumes import GuestStorage
 from kernel_targets import succeed
 from migrations import GARBAGE, assert_holds, sparse_content
 from mounts import Mount, mounted, wait_until
 from os_brick import encryptors
-from os_brick.utils import connect_volume_prepare_result, connect_volume_undo_prepare_result
 from services import MIB
 from volumes import StoredVolume, write_file
 
 from volfs import api, copy_volume_data, open_volume
-from volfs.backends import brick_library
+from volfs.cinder.connector import VolfsConnector
 
 pytestmark = pytest.mark.vm(seconds=45)
 
@@ -58,38 +57,15 @@ class Key:
         return self
 
 
-class Connector:
-    """A connector of os-brick's as it would be for volfs: its own decorators make a link for the encryptor."""
+class LocalConnector(VolfsConnector):
+    """For a volume that the host has already."""
 
-    def __init__(self, mount: Mount) -> None:
-        self.mount = mount
-
-    @connect_volume_prepare_result
-    def connect_volume(self, connection_properties: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "block", "path": str(attach(self.mount, connection_properties["url"]))}
-
-    @connect_volume_undo_prepare_result(unlink_after=True)
-    def disconnect_volume(
-        self,
-        connection_properties: dict[str, Any],
-        device_info: dict[str, Any],
-        force: bool = False,
-        ignore_errors: bool = False,
-    ) -> None:
-        api.detach(device_info["path"], wait=CLOSE_SECONDS, socket_path=str(self.mount.socket))
+    protocol = "local"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def os_brick() -> None:
-    brick_library.set_up(
-        brick_library.Options(
-            root_helper="sudo",
-            lock_path=brick_library.default_lock_path(),
-            use_multipath=False,
-            enforce_multipath=False,
-            device_scan_attempts=1,
-        )
-    )
+    set_up_os_brick()
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +138,9 @@ def by_a_link_of_the_callers(mount: Mount, volume: StoredVolume, key: Key, direc
 
 @contextmanager
 def by_os_bricks_link(mount: Mount, volume: StoredVolume, key: Key, directory: Path) -> Iterator[Path]:
-    """As a connector of os-brick's would have it."""
-    properties = {"url": volume.url, "encrypted": True}
-    connector = Connector(mount)
+    """As volfs's own connectors have it: os-brick makes a link for the encryptor."""
+    properties = {"device_path": volume.url.removeprefix("block:"), "encrypted": True}
+    connector = LocalConnector("sudo", socket_path=str(mount.socket))
     device_info = connector.connect_volume(properties)
     link = Path(device_info["path"])
     encryptor = encryptor_of(link, key)
