@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ import pytest
 import trio
 from connectors import PROTOCOL, Steps, processutils
 from connectors import steps as steps  # a fixture
-from mounts import mounted, wait_until
+from mounts import Mount, mounted, wait_until
 from os_brick import exception
 from os_brick.initiator import connector as os_brick_connector
 from services import MIB, skip_or_fail
-from volumes import raises, random_bytes
+from volumes import BrickVolume, StoredVolume, raises, random_bytes
 
-from volfs import journal
+from volfs import journal, open_volume
 from volfs.backends import DRIVERS, brick_library
 from volfs.backends.brick import BrickBackend, BrickSettings, BrickSource
 from volfs.backends.brick_connection import clean_up
@@ -572,3 +572,23 @@ def write_config(directory: Path) -> Path:
     path = directory / "volfs.toml"
     path.write_text("[backends.san]\ndriver = 'brick'\nprotocols = ['nfs']\n")
     return path
+
+
+@pytest.mark.slow
+def test_images_are_opened_after_os_brick_was_loaded(
+    mount: Callable[..., Mount],
+    make_volume: Callable[..., StoredVolume],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """os-brick loads python-rbd, for which the rbd driver has to be prepared first."""
+    connected, image, data = make_volume("brick", MIB), make_volume("rbd", MIB), random_bytes(MIB)
+    assert isinstance(connected, BrickVolume)
+    image.write(data)
+    for name, value in image.environment.items():
+        monkeypatch.setenv(name, value)
+    socket = str(mount().socket)
+    info = {"driver_volume_type": "gpfs", "data": {"device_path": str(connected.device), "volume_id": "disk"}}
+    with open_volume(info, socket_path=socket) as file:
+        assert file.read(1)
+    with open_volume(image.url, socket_path=socket) as file:
+        assert file.read() == data

@@ -14,12 +14,13 @@ import shlex
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import msgspec
 
 from volfs.errors import BackendError, BackendTimeout, VolfsError, VolumeNotFound, printable
+from volfs.native import load_first
 from volfs.runtime import private_directory, runtime_directory
 
 log = logging.getLogger(__name__)
@@ -210,6 +211,9 @@ def error(exc: Exception, commands: Commands | None, doing: str, data: Data) -> 
 
 def _import() -> Any:
     """os_brick.initiator.connector. BackendError when os-brick is not installed."""
+    # os-brick loads python-rbd, after which the rbd driver could not use it. Where the helper is missing, that says so.
+    with suppress(ImportError):
+        load_first("rbd_image")
     try:
         logging.getLogger("oslo_service").setLevel(logging.WARNING)  # tells what it is imported for
         with warnings.catch_warnings():

@@ -204,10 +204,8 @@ class RbdImage(BackendVolume):
         """From now on requests go to this open image."""
         from volfs.native import rbd_image
 
-        self._image = image
-        self._writes = UnconfirmedWrites(
-            lambda wake: rbd_image.bind(image, wake), self._cluster.timeout, self._url
-        )
+        writes = UnconfirmedWrites(lambda wake: rbd_image.bind(image, wake), self._cluster.timeout, self._url)
+        self._image, self._writes = image, writes
 
     async def _close_image(self, image: Any, writes: UnconfirmedWrites) -> None:
         try:
