@@ -116,7 +116,7 @@ def why_not() -> str:
     """Why this host cannot run a guest; "" when it can."""
     script = load_script(VM)
     try:
-        script.check_host([])
+        script.check_host(TOP, [])
     except script.Failure as error:
         return str(error)
     return ""

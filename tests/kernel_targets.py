@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import pytest
 from mounts import wait_until
 from services import MIB, SLOWER, Account, script
-from targets import Tgtd, running_tgtd
+from targets import Stoppable, Tgtd, running_tgtd
 
 CONFIGFS = Path("/sys/kernel/config/target")
 BY_PATH = Path("/dev/disk/by-path")
@@ -218,7 +217,7 @@ def kernel_target(tmp_path: Path) -> Iterator[MakeTarget]:
 
 
 @dataclass
-class Daemon:
+class Daemon(Stoppable):
     """One that stays in the foreground, until SIGTERM."""
 
     command: tuple[str, ...]
@@ -235,15 +234,6 @@ class Daemon:
         name = self.command[0]
         wait_until(lambda: process.poll() is not None or self.ready(), f"{name} is ready", UDEV_SECONDS)
         assert process.poll() is None, f"{name} ended with {process.returncode}"
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def pause(self, paused: bool = True) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
 
     def stop(self) -> None:
         if self.process is None:

@@ -26,8 +26,23 @@ START_SECONDS = 10 * SLOWER
 IQN = "iqn.2026-01.org.volfs:test"
 
 
+class Stoppable:
+    """A process of a test's that may be killed, or stand still."""
+
+    process: subprocess.Popen[bytes] | None
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def pause(self, paused: bool = True) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
+
+
 @dataclass
-class Tgtd:
+class Tgtd(Stoppable):
     """One daemon with any number of targets; they are named again after each restart, as tgtd forgets them."""
 
     directory: Path
@@ -61,15 +76,6 @@ class Tgtd:
             time.sleep(0.01)
         for command in self.commands:
             self.run(*command)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def pause(self, paused: bool = True) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
 
     def run(self, *arguments: str) -> str:
         """tgtadm, which has to succeed."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from connectors import connector as os_bricks
-from connectors import set_up_os_brick
+from connectors import processutils, set_up_os_brick
 from migrations import dd
 from mounts import Mount, mounted, wait_until
-from os_brick import exception
+from os_brick import exception, utils
 from services import MIB, TOP
 from volumes import Storage, StoredVolume, ceph_environment, cinder_data, random_bytes, sha256
 
@@ -153,11 +153,11 @@ def test_a_volume_of_a_process_that_died_is_let_go(
     data = cinder_data(volume)
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
-        "import ast, sys, time\n"
+        "import ast, signal, sys\n"
         "from volfs.cinder import connector\n"
         f"made = connector.{type(made).__name__}('sudo')\n"
         "print(made.connect_volume(ast.literal_eval(sys.argv[1]))['path'], flush=True)\n"
-        "time.sleep(100)\n"
+        "signal.pause()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, repr(data)], stdout=subprocess.PIPE, text=True, cwd=TOP
@@ -179,6 +179,16 @@ def test_what_another_process_connected_is_disconnected_by_its_path(
     for device in ({"type": "block", "path": attached.path}, {"type": "block", "path": attached.path}, None):
         made.disconnect_volume(data, device)
         assert made.get_volume_paths(data) == []
+
+
+def test_a_link_that_cannot_be_made_for_an_encryptor_leaves_nothing_connected(
+    volume: StoredVolume, made: connector.VolfsConnector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(utils, "CUSTOM_LINK_PREFIX", f"{tmp_path}/nowhere/os-brick")
+    data = cinder_data(volume) | {"encrypted": True}
+    with pytest.raises((OSError, exception.BrickException, processutils.ProcessExecutionError)):
+        made.connect_volume(data)
+    assert made.get_volume_paths(data) == []
 
 
 def test_a_new_size_is_told(volume: StoredVolume, made: connector.VolfsConnector) -> None:

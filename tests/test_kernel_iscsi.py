@@ -308,20 +308,21 @@ async def test_a_target_that_restarts_or_hangs_ends_no_wait_late(
         assert await within(30, lambda: volume.pread(MIB, 4096)) is None
 
 
+async def use_without(stop: Callable[[], None], target: KernelTarget) -> None:
+    """Stop the initiator while the volume is open, and write to it."""
+    async with opened(source_of(target), connect_timeout=15) as volume:
+        stop()
+        await volume.pwrite(0, b"still")
+        await volume.flush()
+
+
 async def test_an_initiator_that_hangs_delays_only_the_disconnect(
     iscsid: Daemon, kernel_target: MakeTarget, runtime: Path
 ) -> None:
     """iscsid logs in and out; the bytes are moved by the kernel. What was not undone in time is, in the background."""
     target = kernel_target("tgtd", SIZE)
-
-    async def use() -> None:
-        async with opened(source_of(target), connect_timeout=15) as volume:
-            iscsid.pause()
-            await volume.pwrite(0, b"still")
-            await volume.flush()
-
     try:
-        failed = await within(60, use)
+        failed = await within(60, lambda: use_without(iscsid.pause, target))
         assert isinstance(failed, BackendTimeout), failed
         assert "disconnect" in str(failed)
         assert len(sessions()) == 1
@@ -334,15 +335,8 @@ async def test_an_initiator_that_is_killed_ends_no_input_or_output_and_nothing_i
 ) -> None:
     """Nobody can log out then. The record of it is kept, and the next start of a daemon does it."""
     target = kernel_target("tgtd", SIZE)
-
-    async def use() -> None:
-        async with opened(source_of(target), connect_timeout=15) as volume:
-            iscsid.kill()
-            await volume.pwrite(0, b"still")
-            await volume.flush()
-
     try:
-        failed = await within(60, use)
+        failed = await within(60, lambda: use_without(iscsid.kill, target))
         assert isinstance(failed, BackendError), failed
         assert len(sessions()) == 1
         assert target.backing.read_bytes()[:5] == b"still"

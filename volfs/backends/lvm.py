@@ -29,8 +29,8 @@ FIELDS = (
     ",vg_extent_size"
 )
 # Left to itself LVM looks where each link below /dev leads. os-brick puts links to paths of ours there
-# (os_brick.utils.CUSTOM_LINK_PREFIX):
-# LVM would wait for us, as we for LVM. udev knows all disks, and no link that it did not make.
+# (os_brick.utils.CUSTOM_LINK_PREFIX): LVM would wait for us, as we for LVM. udev knows all disks, and no link that
+# it did not make.
 CONFIG = 'devices { obtain_device_list_from_udev = 1 } report { time_format = "%s" }'
 DIRECTORIES = ("/usr/sbin", "/sbin")  # where the commands are, which are not in everybody's PATH
 # What lvm's messages mean, the first that fits; its exit code is 5 for all of them.

@@ -12,6 +12,7 @@ volume. Any thread may call.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -25,14 +26,13 @@ from os_brick.initiator.connectors.base import BaseLinuxConnector
 
 from volfs import api
 from volfs.backends import caller_environment
-from volfs.errors import SourceError, VolfsError, VolumeNotFound
+from volfs.control import StatusReply
+from volfs.errors import ControlError, SourceError, VolfsError, VolumeNotFound
 from volfs.source import parse_connection_info
 
 log = logging.getLogger(__name__)
 
-DISCONNECT_SECONDS = (
-    60.0  # for programs that have the volume open to end, and for what they wrote to be stable
-)
+DISCONNECT_SECONDS = 60.0  # for programs that have the volume open to close it
 SECTOR = 512
 
 Properties = Mapping[str, Any]
@@ -52,14 +52,14 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         """Nothing that a storage would have to know of this host."""
         return {}
 
-    @utils.connect_volume_prepare_result  # type: ignore[untyped-decorator, unused-ignore]
+    @utils.connect_volume_prepare_result  # type: ignore[untyped-decorator]
     def connect_volume(self, connection_properties: Properties) -> dict[str, Any]:
         """Attach the volume. `path` is a str, the volume's file; `volfs_lease` is for `disconnect_volume`."""
         with _errors(f"{self.protocol}: connect"):
             lease = api.Lease(self._info(connection_properties), None, self.socket_path, all_handles=True)
         return {"type": "block", "path": lease.attached.path, "volfs_lease": _LEASES.keep(lease)}
 
-    @utils.connect_volume_undo_prepare_result(unlink_after=True)  # type: ignore[untyped-decorator, unused-ignore]
+    @utils.connect_volume_undo_prepare_result(unlink_after=True)  # type: ignore[untyped-decorator]
     def disconnect_volume(
         self,
         connection_properties: Properties,
@@ -88,19 +88,16 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         """The volume's path where it is connected, by whomever; else none."""
         with _errors(f"{self.protocol}: paths"):
             url = parse_connection_info(self._info(connection_properties), caller_environment(os.environ)).url
-            try:
-                status = api.status(socket_path=self.socket_path)
-            except VolfsError:  # no daemon: it would be started by the first volume
-                return []
-        directory = os.path.join(status.mountpoint, "attached")
-        return [os.path.join(directory, it.name) for it in status.attached if it.source == url]
+            status = self._status()
+        if status is None:
+            return []
+        return [os.path.join(_directory(status), it.name) for it in status.attached if it.source == url]
 
     def get_search_path(self) -> str | None:
         """The directory of all connected volumes; None without a daemon."""
-        try:
-            return os.path.join(api.status(socket_path=self.socket_path).mountpoint, "attached")
-        except VolfsError:
-            return None
+        with _errors("status"):
+            status = self._status()
+        return None if status is None else _directory(status)
 
     def extend_volume(self, connection_properties: Properties) -> int:
         """The size in bytes that the volume has on the storage now."""
@@ -121,6 +118,15 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         except OSError as exc:
             log.warning("%s: %s", path, exc.strerror)
             return False
+
+    def _status(self) -> StatusReply | None:
+        """None without a daemon: the first volume starts one."""
+        try:
+            return api.status(socket_path=self.socket_path)
+        except ControlError as exc:
+            if exc.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
+                raise
+            return None
 
     def _info(self, connection_properties: Properties) -> dict[str, Any]:
         return {"driver_volume_type": self.protocol, "data": dict(connection_properties)}
@@ -181,6 +187,11 @@ class _Leases:
 
 
 _LEASES = _Leases()
+
+
+def _directory(status: StatusReply) -> str:
+    """Of all volumes that are attached on a mount."""
+    return os.path.join(status.mountpoint, "attached")
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from types import ModuleType
 
 def load_first(name: str) -> ModuleType:
     """Import a helper that defines functions of a C library anew, before the library's Python module binds to them."""
+    if loaded := sys.modules.get(f"{__name__}.{name}"):
+        return loaded
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_GLOBAL)
     try:
