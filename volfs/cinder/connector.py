@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from os_brick import exception, utils
 from os_brick.initiator.connectors.base import BaseLinuxConnector
@@ -39,13 +39,26 @@ Properties = Mapping[str, Any]
 
 
 class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
-    """What is the same for all protocols. `socket_path` is that of the daemon, by default this user's own."""
+    """For volumes of any protocol that volfs knows. `protocol` is the driver_volume_type of the connection infos;
+    `socket_path` that of the daemon, by default this user's own; `detach_seconds` what programs that have a volume
+    open are given to close it.
+    """
 
-    protocol: ClassVar[str]  # driver_volume_type of the connection infos
+    protocol = ""
 
-    def __init__(self, root_helper: str, *args: Any, socket_path: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        root_helper: str,
+        *args: Any,
+        protocol: str = "",
+        socket_path: str | None = None,
+        detach_seconds: float = DISCONNECT_SECONDS,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(root_helper, *args, **kwargs)
+        self.protocol = protocol or self.protocol
         self.socket_path = socket_path
+        self._detach_seconds = detach_seconds
 
     @staticmethod
     def get_connector_properties(root_helper: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -77,7 +90,7 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         known = device_info or connection_properties
         try:
             with _errors(f"{self.protocol}: disconnect"):
-                if not _LEASES.release(known.get("volfs_lease"), force):
+                if not _LEASES.release(known.get("volfs_lease"), self._detach_seconds, force):
                     self._detach(connection_properties, known)
         except exception.BrickException as exc:
             if not ignore_errors:
@@ -136,7 +149,7 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         paths = [path] if isinstance(path, str) else self.get_volume_paths(connection_properties)
         for each in paths:
             try:
-                api.detach(each, wait=DISCONNECT_SECONDS, socket_path=self.socket_path)
+                api.detach(each, wait=self._detach_seconds, socket_path=self.socket_path)
             except VolumeNotFound:  # already
                 pass
 
@@ -168,14 +181,14 @@ class _Leases:
             self._leases[key] = lease
         return key
 
-    def release(self, key: object, force: bool) -> bool:
+    def release(self, key: object, seconds: float, force: bool) -> bool:
         """Release it; False when it is none of this process. With `force` it is given up whatever happens."""
         with self._lock:
             lease = self._leases.pop(key, None) if isinstance(key, str) else None
         if lease is None or not lease.is_own:
             return False
         try:
-            lease.release(DISCONNECT_SECONDS)
+            lease.release(seconds)
         except VolfsError:
             if force:
                 lease.abandon()

@@ -1,0 +1,91 @@
+"""cinder-volume with its volumes as files of volfs: `volume_manager = volfs.cinder.manager.VolumeManager`.
+
+A manager, since Cinder lets an operator name one, once for all backends and in each of their processes; drivers stay
+as they are, and so does what Nova gets from them. The source's backend attaches both volumes of a copy, in its own
+process, so the settings of that process decide.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from cinder.volume import manager, rpcapi, volume_types, volume_utils
+from cinder.volume.drivers.rbd import RBDDriver
+from oslo_config import cfg
+
+from volfs.cinder import copying, options
+from volfs.cinder.attaching import AttachInfo, Attaching
+
+GIB = 1 << 30
+
+
+class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
+    """Attaches volumes by volfs for what [volfs] use_for says, and copies them by [volfs] copy_method."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = options.register(cfg.CONF)
+        self._attaching = Attaching(self._settings)
+        if self._attaching.is_for(options.IMAGES):
+            # A driver attaches for itself when it moves images. It may be of any class, so its object is told.
+            stock = self.driver._connect_device
+            as_root = not self.driver.secure_file_operations_enabled()
+            self.driver._connect_device = functools.partial(
+                self._attaching.connect, stock=stock, as_root=as_root
+            )
+
+    def get_capabilities(self, context: Any, discover: bool) -> dict[str, Any]:
+        """Cinder's, and that new images of RBD read as zeros, which its driver does not tell."""
+        capabilities: dict[str, Any] = super().get_capabilities(context, discover)
+        if isinstance(self.driver, RBDDriver):
+            return {**(capabilities or {}), "sparse_copy_volume": True}
+        return capabilities
+
+    def _connect_device(self, conn: dict[str, Any]) -> AttachInfo:
+        if self._attaching.is_for(options.COPIES):
+            return self._attaching.connect(conn, super()._connect_device)
+        stock: AttachInfo = super()._connect_device(conn)
+        return stock
+
+    def _copy_volume_data(self, ctxt: Any, src_vol: Any, dest_vol: Any, remote: str | None = None) -> None:
+        """Copy one volume to another, in place of Cinder's, which has no choice of method, and leaves out zeros also
+        on a target that has old data, when a volume is reverted to a snapshot.
+
+        Whatever fails, also letting go of the target, fails the migration.
+        """
+        # Through dm-crypt only when the volumes are not encrypted alike; else the encrypted bytes are copied.
+        decrypt = volume_types.volume_types_encryption_changed(
+            ctxt, src_vol.volume_type_id, dest_vol.volume_type_id
+        )
+        properties = volume_utils.brick_get_connector_properties(
+            self.configuration.use_multipath_for_image_xfer,
+            self.configuration.enforce_multipath_for_image_xfer,
+        )
+        how = {"attach_encryptor": decrypt}
+        far = {"remote": remote in ("dest", "both")}
+        near = {"remote": remote in ("src", "both")}
+        target = self._attach_volume(ctxt, dest_vol, properties, **far, **how)
+        try:
+            source = self._attach_volume(ctxt, src_vol, properties, **near, **how)
+            try:
+                copying.copy(
+                    source["device"]["path"],
+                    target["device"]["path"],
+                    src_vol["size"] * GIB,
+                    self._settings,
+                    block_size=self.configuration.volume_dd_blocksize,
+                    zero_target=not decrypt and self._is_zero(ctxt, dest_vol),
+                    title=f"volume {src_vol['id']} to {dest_vol['id']}",
+                )
+            finally:
+                self._detach_volume(ctxt, source, src_vol, properties, force=True, **near, **how)
+        finally:
+            self._detach_volume(ctxt, target, dest_vol, properties, force=True, **far, **how)
+
+    def _is_zero(self, ctxt: Any, volume: Any) -> bool:
+        """Whether a volume reads as zeros: it is new, made for a migration, on a backend whose new volumes do."""
+        if not (volume["migration_status"] or "").startswith("target:"):
+            return False
+        capabilities = rpcapi.VolumeAPI().get_capabilities(ctxt, volume.service_topic_queue, False)
+        return bool(capabilities and capabilities.get("sparse_copy_volume"))

@@ -1,0 +1,1 @@
+"""Found by Tempest, see plugin.py."""
