@@ -20,7 +20,8 @@ PACKAGE = Path(volfs.__file__).parent
 # From the top down. A module imports only what is further down; those of one line do not know each other.
 LAYERS = """
     volfs.__main__
-    volfs.cli volfs.cinder.manager volfs.cinder.backup volfs.cinder.driver volfs.cinder.tempest_plugin.tests.test_migration
+    volfs.cli volfs.cinder.manager volfs.cinder.backup volfs.cinder.driver
+    volfs.cinder.tempest_plugin.tests.test_migration
     volfs.cinder.attaching volfs.cinder.copying volfs.cinder.tempest_plugin.plugin volfs.cinder.tempest_plugin.tests
     volfs.cinder.connector volfs.cinder.options volfs.cinder.tempest_plugin.storage
     volfs.cinder.tempest_plugin

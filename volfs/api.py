@@ -110,10 +110,15 @@ def detach(name: str, *, wait: float = 5.0, socket_path: str | None = None) -> N
         client.call(Detach(name=name, wait=wait), Done, timeout=wait + CLOSE_SECONDS)
 
 
-def status(*, socket_path: str | None = None) -> StatusReply:
-    """What the daemon serves. ControlError when there is none."""
+def status(connection_info: ConnectionInfo | None = None, *, socket_path: str | None = None) -> StatusReply:
+    """What the daemon serves; of all that is attached only that volume, if one is given.
+
+    ControlError when there is no daemon, SourceError for a wrong connection info.
+    """
+    info = None if connection_info is None else dict(connection_info)
+    request = Status(connection_info=info, environment=caller_environment(os.environ))
     with _running(socket_path) as client:
-        return client.call(Status(), StatusReply)
+        return client.call(request, StatusReply)
 
 
 def unmount(mountpoint: str, *, force: bool = False, timeout: float = 300.0) -> None:

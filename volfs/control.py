@@ -62,8 +62,14 @@ class Detach(msgspec.Struct, tag=True, kw_only=True):
     all_handles: bool = False
 
 
-class Status(msgspec.Struct, tag=True):
-    """Ask what the daemon serves."""
+class Status(msgspec.Struct, tag=True, kw_only=True):
+    """Ask what the daemon serves; with a `connection_info`, of all that is attached only that volume."""
+
+    connection_info: dict[str, Any] | None = None
+    environment: dict[str, str] = {}
+
+    def __repr__(self) -> str:  # as of Attach
+        return "Status()"
 
 
 class Unmount(msgspec.Struct, tag=True, kw_only=True):

@@ -158,7 +158,7 @@ class Daemon:
             case control.Detach():
                 return await self._detach(client, request)
             case control.Status():
-                return self._status()
+                return self._status(request)
             case control.Unmount():
                 return await self._unmount(request)
 
@@ -262,7 +262,10 @@ class Daemon:
         await self._volumes.wait_changed(lambda: not self._volumes.in_use(attachment.backend, source))
         await self._attachments.remove_unleased(attachment)
 
-    def _status(self) -> control.StatusReply:
+    def _status(self, request: control.Status) -> control.StatusReply:
+        wanted = None
+        if request.connection_info is not None:
+            wanted = parse_connection_info(request.connection_info, request.environment).url
         return control.StatusReply(
             pid=os.getpid(),
             version=VERSION,
@@ -277,6 +280,7 @@ class Daemon:
                     handles=len(self._handles(it)),
                 )
                 for it in self._attachments
+                if wanted in (None, it.info.source.url)
             ],
             open=[
                 control.OpenStatus(

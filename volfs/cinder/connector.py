@@ -25,10 +25,8 @@ from os_brick import exception, utils
 from os_brick.initiator.connectors.base import BaseLinuxConnector
 
 from volfs import api
-from volfs.backends import caller_environment
 from volfs.control import StatusReply
 from volfs.errors import ControlError, SourceError, VolfsError, VolumeNotFound
-from volfs.source import parse_connection_info
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +98,10 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
     def get_volume_paths(self, connection_properties: Properties) -> list[str]:
         """The volume's path where it is connected, by whomever; else none."""
         with _errors(f"{self.protocol}: paths"):
-            url = parse_connection_info(self._info(connection_properties), caller_environment(os.environ)).url
-            status = self._status()
+            status = self._status(self._info(connection_properties))
         if status is None:
             return []
-        return [os.path.join(_directory(status), it.name) for it in status.attached if it.source == url]
+        return [os.path.join(_directory(status), it.name) for it in status.attached]
 
     def get_search_path(self) -> str | None:
         """The directory of all connected volumes; None without a daemon."""
@@ -132,10 +129,10 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
             log.warning("%s: %s", path, exc.strerror)
             return False
 
-    def _status(self) -> StatusReply | None:
+    def _status(self, info: Properties | None = None) -> StatusReply | None:
         """None without a daemon: the first volume starts one."""
         try:
-            return api.status(socket_path=self.socket_path)
+            return api.status(info, socket_path=self.socket_path)
         except ControlError as exc:
             if exc.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
                 raise
