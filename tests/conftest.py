@@ -17,6 +17,7 @@ from hypothesis import settings
 from kernel_targets import iscsid, kernel_target, multipathd  # noqa: F401
 from lvm import new_group  # noqa: F401
 from mounts import Mount, mounted
+from openstack import new_volume, openstack  # noqa: F401
 from services import (  # noqa: F401
     loop_device,
     new_image,

@@ -1,0 +1,317 @@
+"""The private Cinder of scripts/openstack, and volumes of it.
+
+`openstack` starts it once a session, as `services` does with the storage that it works on. `Openstack` asks Cinder
+to do things, by its API, and `where` tells how to look at a volume's bytes past Cinder. What a daemon says is in its
+log: `mark` before, `since` after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import subprocess
+import time
+import urllib.error
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from services import (
+    MIB,
+    TOP,
+    Image,
+    Services,
+    describe,
+    is_last,
+    load_script,
+    skip_or_fail,
+)
+
+GIB = 1024**3
+SCRIPT = TOP / "scripts" / "openstack"
+POOLS = {"ceph": "volumes", "ceph2": "rbd"}
+
+script = load_script(SCRIPT)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A volume of the san or local backend."""
+
+    path: Path
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def sha256(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def write(self, data: bytes, offset: int = 0) -> None:
+        with self.path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+
+@dataclass(frozen=True)
+class StoredImage(Image):
+    """A volume of one of the Ceph backends."""
+
+    def exists(self) -> bool:
+        return self.name in self.services.run("rbd", "ls", self.pool).decode().split()
+
+
+def fill(stored: StoredFile | StoredImage, size: int, offset: int = 0, seed: int = 1) -> None:
+    """With bytes that differ everywhere, and are the same for the same seed."""
+    generator = random.Random(seed)
+    for at in range(offset, offset + size, 8 * MIB):
+        stored.write(generator.randbytes(min(8 * MIB, offset + size - at)), at)
+
+
+class CinderError(Exception):
+    """An answer of the API that is no success, or a volume that came to an error."""
+
+
+@dataclass
+class Openstack:
+    """What runs, and how to reach it."""
+
+    var: Path
+    services: Services
+    environment: Mapping[str, str] = field(repr=False)  # for clients, as `scripts/openstack env` prints it
+    _api: Any = field(default=None, repr=False)
+
+    # ---- the API
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """What Cinder answers; path is that below /v3."""
+        for attempt in (1, 2):
+            if self._api is None:
+                self._api = script.Api(script.read_state(script.Place(self.var)))
+                self._api.log_in()
+            try:
+                return self._api.request(method, self._api.cinder + path, body)[0]
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code == 401 and attempt == 1:
+                        self._api = None
+                        continue
+                    text = error.read().decode(errors="replace")
+                raise CinderError(f"{method} {path}: {error.code} {text}") from None
+        raise AssertionError("unreachable")
+
+    def show(self, volume: str) -> dict[str, Any]:
+        return dict(self.call("GET", f"/volumes/{volume}")["volume"])
+
+    def volumes(self) -> list[dict[str, Any]]:
+        return list(self.call("GET", "/volumes/detail?all_tenants=1")["volumes"])
+
+    def messages(self, volume: str) -> list[str]:
+        """What Cinder tells its users about failures."""
+        found = self.call("GET", f"/messages?resource_uuid={volume}")["messages"]
+        return [message["user_message"] for message in found]
+
+    def backends(self) -> dict[str, str]:
+        """State ("up" or "down") by name."""
+        found = self.call("GET", "/os-services?binary=cinder-volume")["services"]
+        return {service["host"].partition("@")[2]: service["state"] for service in found}
+
+    def create_volume(self, kind: str, size_gib: int = 1, **more: Any) -> str:
+        """The id of a new volume of this type, once it is available."""
+        body = {"size": size_gib, "volume_type": kind, **more}
+        volume = str(self.call("POST", "/volumes", {"volume": body})["volume"]["id"])
+        self.wait_status(volume, "available")
+        return volume
+
+    def delete(self, volume: str, seconds: float = 60) -> None:
+        """Return when it is gone."""
+        self.call("DELETE", f"/volumes/{volume}")
+        deadline = time.monotonic() + seconds
+        while (status := self._status(volume)) != "":
+            if status.startswith("error") or time.monotonic() > deadline:
+                raise CinderError(f"volume {volume} is {status} and not deleted: {self.messages(volume)}")
+            time.sleep(0.2)
+
+    def _status(self, volume: str) -> str:
+        """ "" when there is no such volume."""
+        try:
+            return str(self.show(volume)["status"])
+        except CinderError as error:
+            if ": 404 " in str(error):
+                return ""
+            raise
+
+    def migrate(self, volume: str, backend: str, *, force_host_copy: bool = False) -> None:
+        """Ask for it; see wait_moved. A type that names its backend is in the way: see retype."""
+        body = {"host": self.host(backend), "force_host_copy": force_host_copy, "lock_volume": False}
+        self.call("POST", f"/volumes/{volume}/action", {"os-migrate_volume": body})
+
+    def retype(self, volume: str, kind: str, policy: str = "on-demand") -> None:
+        """Ask for it; see wait_moved. Between backends that is a migration."""
+        body = {"new_type": kind, "migration_policy": policy}
+        self.call("POST", f"/volumes/{volume}/action", {"os-retype": body})
+
+    def extend(self, volume: str, size_gib: int) -> None:
+        self.call("POST", f"/volumes/{volume}/action", {"os-extend": {"new_size": size_gib}})
+        self.wait_status(volume, "available")
+
+    def wait_status(self, volume: str, status: str, seconds: float = 60) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while (shown := self.show(volume))["status"] != status:
+            if shown["status"].startswith("error") or time.monotonic() > deadline:
+                raise CinderError(
+                    f"volume {volume} is {shown['status']} and not {status}: {self.messages(volume)}"
+                )
+            time.sleep(0.2)
+        return shown
+
+    def wait_moved(self, volume: str, backend: str, seconds: float = 180) -> dict[str, Any]:
+        """Until a migration or a retype has come to its end, and the volume is where it should be."""
+        deadline = time.monotonic() + seconds
+        while True:
+            shown = self.show(volume)
+            moving = shown["migration_status"] in ("starting", "migrating", "completing")
+            if not moving and shown["status"] in ("available", "error", "in-use"):
+                break
+            if time.monotonic() > deadline:
+                raise CinderError(f"volume {volume} still {shown['status']}, {shown['migration_status']}")
+            time.sleep(0.2)
+        if shown["os-vol-host-attr:host"] != self.host(backend):
+            raise CinderError(
+                f"volume {volume} stayed at {shown['os-vol-host-attr:host']} ({shown['migration_status']}): "
+                f"{self.messages(volume)}"
+            )
+        return shown
+
+    @staticmethod
+    def host(backend: str) -> str:
+        """As Cinder names a backend's only pool."""
+        return f"{script.HOST}@{backend}#{backend}"
+
+    # ---- past the API
+
+    def where(self, volume: str) -> StoredFile | StoredImage:
+        """Where its bytes are now."""
+        shown = self.show(volume)
+        backend = shown["os-vol-host-attr:host"].partition("#")[2]
+        name = f"volume-{shown['os-vol-mig-status-attr:name_id'] or volume}"
+        if backend in POOLS:
+            return StoredImage(self.services, POOLS[backend], name, shown["size"] * GIB)
+        return StoredFile(self._directory(backend) / name)
+
+    def _directory(self, backend: str) -> Path:
+        return Path(self.environment[f"VOLFS_CINDER_{backend.upper()}"])
+
+    def stored(self, backend: str) -> list[str]:
+        """The names of what is stored there, of volumes or not."""
+        if backend in POOLS:
+            return self.services.run("rbd", "ls", POOLS[backend]).decode().split()
+        return sorted(path.name for path in self._directory(backend).iterdir())
+
+    def log_path(self, daemon: str = "cinder-volume") -> Path:
+        return Path(self.environment["VOLFS_CINDER_LOGS"]) / f"{daemon}.log"
+
+    def mark(self, daemon: str = "cinder-volume") -> int:
+        """For `since`: where the log ends now."""
+        return self.log_path(daemon).stat().st_size
+
+    def since(self, mark: int = 0, daemon: str = "cinder-volume") -> str:
+        """What the log has got since then."""
+        with self.log_path(daemon).open("rb") as file:
+            file.seek(mark)
+            return file.read().decode(errors="replace")
+
+    def up(self, *settings: str) -> None:
+        """With these [GROUP.]OPTION=VALUE in cinder.conf, and no others."""
+        done = openstack_command("up", *(("--set", *settings) if settings else ()), var=self.var)
+        if done.returncode:
+            raise CinderError(done.stderr.strip())
+
+    @contextlib.contextmanager
+    def configured(self, *settings: str) -> Iterator[None]:
+        """For as long as it lasts; cinder-volume restarts before and after."""
+        self.up(*settings)
+        try:
+            yield
+        finally:
+            self.up()
+
+    def restart(self) -> None:
+        """cinder-volume, also when it was killed."""
+        done = openstack_command("restart", "cinder-volume", var=self.var)
+        if done.returncode:
+            raise CinderError(done.stderr.strip())
+
+    def pids(self) -> dict[str, int]:
+        return dict(script.running(script.Place(self.var)))
+
+
+def openstack_command(*arguments: str, var: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run scripts/openstack; var other than the default is another, private place."""
+    environment = dict(os.environ) if var is None else {**os.environ, "VOLFS_VAR": str(var)}
+    return subprocess.run(
+        [SCRIPT, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=environment,
+    )
+
+
+@contextlib.contextmanager
+def running_openstack(services: Services) -> Iterator[Openstack]:
+    """All of it, every backend up; stopped at the end unless it was running before."""
+    try:
+        script.check_installed()
+    except script.Failure as failure:
+        skip_or_fail("openstack", str(failure))
+    if os.geteuid() != 0:
+        skip_or_fail("openstack", "scripts/openstack is root's")
+    place = script.Place(services.var)
+    with place.users.open("w") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        ran_before = openstack_command("status").returncode == 0
+        started = openstack_command("up")
+        if started.returncode:  # installed, but it does not work: never a reason to skip
+            pytest.fail(started.stderr.strip(), pytrace=False)
+        environment = script.client_environment(place, script.read_state(place))
+        try:
+            yield Openstack(place.var, describe(place.var), environment)
+        finally:
+            if not ran_before and is_last(users):
+                openstack_command("down")
+
+
+@pytest.fixture(scope="session")
+def openstack(services: Services) -> Iterator[Openstack]:
+    with running_openstack(services) as openstack:
+        yield openstack
+
+
+@pytest.fixture
+def new_volume(openstack: Openstack) -> Iterator[Any]:
+    """new_volume(type, size_gib=): its id. Goes away after the test, wherever it is then."""
+    made: list[str] = []
+
+    def make(kind: str, size_gib: int = 1) -> str:
+        made.append(openstack.create_volume(kind, size_gib))
+        return made[-1]
+
+    yield make
+    for volume in made:
+        with contextlib.suppress(CinderError):
+            openstack.show(volume)
+            openstack.call("POST", f"/volumes/{volume}/action", {"os-reset_status": {"status": "available"}})
+        if any(shown["id"] == volume for shown in openstack.volumes()):
+            openstack.delete(volume)
