@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_cinder
 import bench_sparse
 import bench_subjects
 import bench_vm
@@ -85,6 +86,8 @@ def main() -> int:
     options = _arguments()
     if options.vm:
         return bench_vm.run(options.size_mib)
+    if options.cinder:
+        return bench_cinder.run(options.rounds, options.json, options.check)
     if missing := bench_subjects.missing_programs():
         return _fail(f"{', '.join(missing)}: not installed (scripts/setup)")
     if options.sparse:
@@ -132,6 +135,11 @@ def _arguments() -> argparse.Namespace:
         "--vm",
         action="store_true",
         help="instead: beside krbd and rbd-nbd in the guest of scripts/vm, same bytes?",
+    )
+    parser.add_argument(
+        "--cinder",
+        action="store_true",
+        help="instead: migrations by Cinder, through volfs and without (as root)",
     )
     parser.add_argument(
         "--driver", action="append", choices=list(PEERS), help="only this one; may be repeated"

@@ -31,6 +31,7 @@ from services import (
     load_script,
     skip_or_fail,
 )
+from volumes import processes_with
 
 GIB = 1024**3
 SCRIPT = TOP / "scripts" / "openstack"
@@ -61,10 +62,27 @@ class StoredFile:
     def exists(self) -> bool:
         return self.path.exists()
 
+    def allocated(self) -> int:
+        return self.path.stat().st_blocks * 512
+
+    def users(self) -> list[str]:
+        return processes_with(self.path)
+
 
 @dataclass(frozen=True)
 class StoredImage(Image):
     """A volume of one of the Ceph backends."""
+
+    def users(self) -> list[str]:
+        return self.watchers()
+
+    def allocated(self) -> int:
+        import rbd
+
+        runs: list[int] = []
+        with self._pool() as pool, rbd.Image(pool, self.name, read_only=True) as image:
+            image.diff_iterate(0, image.size(), None, lambda _, length, exists: runs.append(length * exists))
+        return sum(runs)
 
     def exists(self) -> bool:
         return self.name in self.services.run("rbd", "ls", self.pool).decode().split()

@@ -236,3 +236,12 @@ def test_without_a_daemon_there_are_no_paths(tmp_path: Path) -> None:
     assert made.get_all_available_volumes() == []
     assert time.monotonic() - began < 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_loaded_by_a_program_that_runs_on_eventlet() -> None:
+    """As cinder-volume does: it has its own sockets then, which trio would not be loaded with."""
+    program = "import eventlet, sys; eventlet.monkey_patch(); import volfs.cinder.connector; print('trio' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
