@@ -29,6 +29,7 @@ RUN_SECONDS = 1500  # for all tests in a guest
 MOST_GUESTS = 2  # each has four gigabytes of memory
 TEST_SECONDS = 5  # of a test whose mark does not say it
 STOP_SECONDS = 30
+STARTING_CEPH = {"services", "guest_storage"}  # fixtures
 PASSED_ON = ("PYTHONPATH", "VOLFS_REQUIRE", "CI")  # variables that the guest's pytest gets
 LAST_LINES = 40
 
@@ -70,7 +71,7 @@ class Host:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if not INSIDE:
-            items.sort(key=lambda item: not item.get_closest_marker("vm"))
+            items.sort(key=turn)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
@@ -96,6 +97,12 @@ class Host:
 
     def pytest_sessionfinish(self) -> None:
         self.stack.close()
+
+
+def turn(item: pytest.Item) -> tuple[bool, bool]:
+    """Those of the guest first; of these, those that need Ceph last, so that it is started in few guests."""
+    inside = item.get_closest_marker("vm") is not None
+    return not inside, inside and not STARTING_CEPH.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 def parts(items: Iterable[pytest.Item], number: int) -> list[list[str]]:

@@ -266,11 +266,18 @@ def iscsid() -> Iterator[Daemon]:
     name = Path("/etc/iscsi/initiatorname.iscsi")
     if not name.exists() or "InitiatorName" not in name.read_text():
         name.write_text("InitiatorName=iqn.2026-01.org.volfs:initiator\n")
-    listening = Path("/proc/net/unix")
-    with daemon(
-        "iscsid", "-f", ready=lambda: "ISCSIADM_ABSTRACT_NAMESPACE" in listening.read_text()
-    ) as running:
+    with daemon("iscsid", "-f", ready=iscsid_answers) as running:
         yield running
+
+
+def iscsid_answers() -> bool:
+    """And has taken over the sessions that it found when it was started: before that it logs out of none."""
+    if "ISCSIADM_ABSTRACT_NAMESPACE" not in Path("/proc/net/unix").read_text():
+        return False
+    if not sessions():
+        return True
+    shown = succeed("iscsiadm", "-m", "session", "-P", "1")
+    return shown.count("iSCSI Connection State: LOGGED IN") == len(sessions())
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ LAYERS = """
     volfs.backends.brick_connection volfs.backends.block_device volfs.backends.raw_file
     volfs.backends.brick_target
     volfs.backends.brick_library volfs.backends.device_requests volfs.backends.local
-    volfs.backends.block_ranges
+    volfs.backends.block_ranges volfs.backends.brick_commands
     volfs.backends.base volfs.journal
     volfs.native.libiscsi volfs.native.fuse_session volfs.native.rbd_image
     volfs.native volfs.runtime
@@ -145,8 +145,9 @@ def test_there_are_no_import_cycles() -> None:
         ("rados", "volfs.backends.rbd"),
         ("typer", "volfs.cli"),
         ("tomllib", "volfs.config"),
-        ("os_brick", ("volfs.backends.brick_library", "volfs.cinder.")),
-        ("oslo_utils", "volfs.backends.brick_library"),
+        ("os_brick", ("volfs.backends.brick_library", "volfs.backends.brick_commands", "volfs.cinder.")),
+        ("oslo_utils", ("volfs.backends.brick_library", "volfs.backends.brick_commands")),
+        ("oslo_concurrency", ("volfs.backends.brick_library", "volfs.backends.brick_commands")),
     ],
 )
 def test_a_library_is_one_packages_business(library: str, importers: str | tuple[str, ...]) -> None:

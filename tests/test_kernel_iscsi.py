@@ -30,7 +30,7 @@ from volfs.backends.iscsi_source import IscsiSettings, IscsiSource
 from volfs.errors import BackendError, BackendTimeout, VolfsError
 from volfs.source import parse_connection_info
 
-pytestmark = pytest.mark.vm(seconds=20)
+pytestmark = pytest.mark.vm(seconds=14)
 
 SIZE = 4 * MIB
 COPIED = 96 * MIB  # long enough for something to fail meanwhile

@@ -99,13 +99,13 @@ def test_volfs_mounts_in_the_guest(tmp_path: Path) -> None:
         assert file.read_bytes() == data + bytes(3 * MIB)
 
 
-@pytest.mark.vm(seconds=18)
+@pytest.mark.vm(seconds=3)
 def test_ceph_runs_in_the_guest(rbd_image: Image) -> None:
     rbd_image.write(b"volfs", offset=MIB)
     assert rbd_image.read()[MIB : MIB + 5] == b"volfs"
 
 
-@pytest.mark.vm(seconds=20)
+@pytest.mark.vm(seconds=25)
 def test_the_kernels_ways_to_an_image_have_the_same_bytes(
     services: Services, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,7 @@ import trio
 from volfs import journal
 from volfs.backends import brick_library as library
 from volfs.backends.base import deadline
+from volfs.backends.brick_commands import Commands
 from volfs.backends.brick_target import Target
 from volfs.errors import BackendError, BackendTimeout, VolfsError
 
@@ -63,7 +64,7 @@ class Connection:
         self,
         target: Target,
         connector: library.Connector,
-        commands: library.Commands,
+        commands: Commands,
         record: journal.Record,
         facts: _Facts,
     ) -> None:
@@ -219,7 +220,7 @@ def _connect_locked(target: Target) -> Connection:
 def _undo(
     target: Target,
     connector: library.Connector,
-    commands: library.Commands,
+    commands: Commands,
     facts: _Facts,
     record: journal.Record,
 ) -> None:
@@ -235,7 +236,7 @@ def _undo(
 
 def _take_down(
     connector: library.Connector,
-    commands: library.Commands,
+    commands: Commands,
     data: Mapping[str, Any],
     facts: _Facts,
     record: journal.Record | None,
@@ -252,7 +253,7 @@ def _take_down(
 
 
 def _disconnect(
-    connector: library.Connector, commands: library.Commands, data: Mapping[str, Any], facts: _Facts
+    connector: library.Connector, commands: Commands, data: Mapping[str, Any], facts: _Facts
 ) -> None:
     """By force, since what was written was flushed before: os-brick goes through all steps, and tells of failures last.
 
@@ -270,7 +271,7 @@ def _disconnect(
         log.warning("%s; nothing is left, though", exc)
 
 
-def _unmount(mount_point: str, commands: library.Commands, options: library.Options) -> None:
+def _unmount(mount_point: str, commands: Commands, options: library.Options) -> None:
     # Not os.path.ismount, which asks the file system: that of a server that is gone does not answer.
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     if mount_point in (re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), path) for path in mounts):

@@ -1,8 +1,8 @@
 """os-brick, as this program uses it: set up once a process, its connectors made, its errors and logs put into ours.
 
-All that imports os_brick or oslo is here, and is imported when a volume is first connected. Everything here blocks:
-brick_connection.py calls it in threads. os-brick's settings are those of its own documentation; two of them,
-`lock_path` and `root_helper`, are global to a process.
+All that imports os_brick or oslo is here and in brick_commands.py, and is imported when a volume is first connected.
+Everything here blocks: brick_connection.py calls it in threads. os-brick's settings are those of its own documentation;
+two of them, `lock_path` and `root_helper`, are global to a process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from volfs.backends.brick_commands import Commands
 from volfs.errors import BackendError, BackendTimeout, VolfsError, VolumeNotFound, printable
 from volfs.native import load_first
 from volfs.runtime import private_directory, runtime_directory
@@ -76,31 +77,6 @@ class Connector(Protocol):
     def get_volume_paths(self, connection_properties: dict[str, Any]) -> list[str]: ...
 
 
-class Executed(Protocol):
-    def __call__(self, *command: str, **how: Any) -> tuple[str, str]: ...
-
-
-class Commands:
-    """Runs a connector's commands, as os-brick would by itself, but none for longer than `timeout` seconds.
-
-    Remembers what failed: os-brick goes on after most failures, and what it raises in the end does not say why.
-    Connectors call it from several threads.
-    """
-
-    def __init__(self, execute: Executed, timeout: float) -> None:
-        self._execute = execute
-        self._timeout = timeout
-        self.failures: list[Exception] = []
-
-    def __call__(self, *command: str, **how: Any) -> tuple[str, str]:
-        how["timeout"] = min(how.get("timeout", self._timeout), self._timeout)
-        try:
-            return self._execute(*command, **how)
-        except Exception as exc:
-            self.failures.append(exc)
-            raise
-
-
 _setup_lock = threading.Lock()
 _setup: Options | None = None
 
@@ -111,9 +87,7 @@ def make_connector(protocol: str, data: Data, options: Options, timeout: float) 
     `set_up` was called before.
     """
     module = _import()
-    from os_brick.privileged import rootwrap
-
-    commands = Commands(rootwrap.execute, timeout)
+    commands = Commands(timeout)
     more: dict[str, Any] = {}
     if protocol in REMOTE_FILE_SYSTEMS:
         # A directory of our own: a mount there is nobody else's, and may be taken away again. Cinder names that of
