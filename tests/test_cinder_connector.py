@@ -88,6 +88,21 @@ def test_what_is_connected_is_a_path_that_dd_reads_and_writes(
     assert made.check_valid_device(path, run_as_root=False) is False
 
 
+def test_a_blank_volume_stays_as_small_as_what_is_written(
+    volume: StoredVolume, daemon: Mount, tmp_path: Path
+) -> None:
+    """Whatever its storage can tell: dd's holes are taken for written, where the caller says that they are zeros."""
+    volume.write(bytes(SIZE))
+    sparse = tmp_path / "sparse"
+    sparse.write_bytes(bytes(SIZE - MIB) + DATA[:MIB])
+    made = CLASSES[volume.driver]("sudo", blank=True)
+    device = made.connect_volume(cinder_data(volume))
+    volume.write(b"not zero", MIB)  # which breaks the promise, so as to show that nothing was written there
+    dd(f"if={sparse}", f"of={device['path']}", "bs=1M", "oflag=direct", "conv=sparse")
+    made.disconnect_volume(cinder_data(volume), device)
+    assert volume.read() == bytes(MIB) + b"not zero" + bytes(SIZE - 2 * MIB - 8) + DATA[:MIB]
+
+
 def test_each_connect_owes_a_disconnect(volume: StoredVolume, made: connector.VolfsConnector) -> None:
     data = cinder_data(volume)
     assert made.get_volume_paths(data) == []
@@ -114,12 +129,9 @@ def test_a_disconnect_waits_for_a_program_that_still_writes(
     assert volume.read()[:10] == b"late bytes"
 
 
-def test_what_stays_open_stays_connected(
-    volume: StoredVolume, made: connector.VolfsConnector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stays_open_stays_connected(volume: StoredVolume, daemon: Mount) -> None:
     """The error names who has it open. With `force` the volume goes when that program does."""
-    monkeypatch.setattr(connector, "DISCONNECT_SECONDS", 0.3)
-    data = cinder_data(volume)
+    made, data = CLASSES[volume.driver]("sudo", detach_seconds=0.3), cinder_data(volume)
     device = made.connect_volume(data)
     with holder(device["path"]) as process:
         with pytest.raises(exception.BrickException, match=f"still open by process {process.pid}"):
@@ -240,7 +252,8 @@ def test_without_a_daemon_there_are_no_paths(tmp_path: Path) -> None:
 
 def test_it_is_loaded_by_a_program_that_runs_on_eventlet() -> None:
     """As cinder-volume does: it has its own sockets then, which trio would not be loaded with."""
-    program = "import eventlet, sys; eventlet.monkey_patch(); import volfs.cinder.connector; print('trio' in sys.modules)"
+    load = "import eventlet, sys; eventlet.monkey_patch(); import volfs.cinder.connector"
+    program = f"{load}; print('trio' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
     )

@@ -252,7 +252,7 @@ def test_a_copy_outlives_one_of_two_paths(
         assert table.count(" F ") == 1, f"one path has failed: {table}"
         assert begun < size, "the path failed before the copy was done"
         failing.write_text("running\n")
-        # udev looks at what was written to; while it does, the map is in use, and os-brick tries again ten seconds later.
+        # While udev looks at what was written to, the map is in use, and os-brick tries again ten seconds later.
         detached = mount.volfs("detach", "--wait", "60", path)
         assert detached.returncode == 0, detached.stderr
     assert target.backing.read_bytes() == source.read_bytes()

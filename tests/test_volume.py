@@ -806,3 +806,37 @@ async def test_racing_attachments_of_one_volume_share_it(
         attachments.give_up(lease)
     await attachments.remove_unleased(attachment)
     assert sum(backend.faults.calls["release"] for backend in made) == len(made)
+
+
+# ---- volumes that a client knows to be blank --------------------------------------------------------------------
+
+
+async def test_a_blank_volume_is_a_hole_but_where_it_was_written_through_all_opens(bench: Bench) -> None:
+    """The file has data everywhere: only the promise makes it a hole."""
+    bench.table.promise_blank(bench.backend, bench.source, SIZE)
+    volume = await bench.open()
+    assert await volume.extent(0, SIZE) == Extent(0, SIZE, False)
+    await volume.pwrite(50_000, b"x" * 1000)
+    await bench.release()
+    volume = await bench.open()
+    assert await volume.extent(0, SIZE) == Extent(0, 50_000, False)
+    assert (await volume.extent(50_000, 1000)).data
+    assert await volume.extent(51_000, SIZE) == Extent(51_000, SIZE - 51_000, False)
+    await bench.release()
+
+
+async def test_a_promise_that_is_forgotten_counts_no_more(bench: Bench) -> None:
+    bench.table.promise_blank(bench.backend, bench.source, SIZE)
+    bench.table.forget_blank(bench.backend, bench.source)
+    assert (await (await bench.open()).extent(0, SIZE)).data
+    await bench.release()
+
+
+async def test_nothing_is_promised_of_a_volume_in_use(bench: Bench) -> None:
+    """Who uses it may have written."""
+    volume = await bench.open()
+    bench.table.promise_blank(bench.backend, bench.source, SIZE)
+    assert (await volume.extent(0, SIZE)).data
+    await bench.release()
+    assert (await (await bench.open()).extent(0, SIZE)).data
+    await bench.release()

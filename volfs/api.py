@@ -82,10 +82,16 @@ def attach(
     name: str | None = None,
     *,
     hold: bool = False,
+    blank: bool = False,
     socket_path: str | None = None,
 ) -> tuple[Attached, Client]:
-    """Attach a volume; returns what it is called now, and the connection. With `hold` it stays as long as that."""
-    request = _attach_request(source, name, hold)
+    """Attach a volume; returns what it is called now, and the connection. With `hold` it stays as long as that.
+
+    `blank`: the caller knows that the whole volume reads as zeros, as a new one does on most storages, and that nobody
+    writes to it meanwhile but through the daemon. Copies then leave holes out that the storage cannot tell of. Wrong,
+    it has old data show through the holes of a copy.
+    """
+    request = _attach_request(source, name, hold, blank)
     while True:
         client = connect(socket_path, request)
         try:
@@ -181,7 +187,7 @@ def connect(socket_path: str | None = None, request: Attach | None = None) -> Cl
     return Client(path)
 
 
-def _attach_request(source: object, name: str | None, hold: bool) -> Attach:
+def _attach_request(source: object, name: str | None, hold: bool, blank: bool) -> Attach:
     """The request for a source; SourceError for what cannot be one, before a daemon is started to say so."""
     if not isinstance(source, str | Mapping):
         raise SourceError(f"expected a URL or a connection info, not {type(source).__name__}")
@@ -191,7 +197,9 @@ def _attach_request(source: object, name: str | None, hold: bool) -> Attach:
     if name is not None and not _is_utf8(name):
         raise SourceError(f"{name!r}: expected a file name of UTF-8 text")
     environment = caller_environment(os.environ)
-    request = Attach(source=url, connection_info=info, name=name, hold=hold, environment=environment)
+    request = Attach(
+        source=url, connection_info=info, name=name, hold=hold, blank=blank, environment=environment
+    )
     try:
         length = len(control.encode(request))
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:
@@ -214,6 +222,7 @@ class Lease:
 
     `release` waits for the file handles that this process is closing; with `all_handles` the last lease on the volume
     waits for those of all processes, and is kept, with EBUSY, when some stay open: `release` may be called again.
+    `blank` as of `attach`.
     """
 
     def __init__(
@@ -223,9 +232,10 @@ class Lease:
         socket_path: str | None = None,
         *,
         all_handles: bool = False,
+        blank: bool = False,
     ) -> None:
         self._all_handles = all_handles
-        self.attached, self._client = attach(source, name, hold=True, socket_path=socket_path)
+        self.attached, self._client = attach(source, name, hold=True, blank=blank, socket_path=socket_path)
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._released = False

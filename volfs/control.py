@@ -43,6 +43,9 @@ class Attach(msgspec.Struct, tag=True, kw_only=True):
     connection_info: dict[str, Any] | None = None
     name: str | None = None
     hold: bool = True  # a lease of this connection; else it stays until Detach
+    blank: bool = (
+        False  # the client knows that it reads as zeros, and that nobody else writes to it meanwhile
+    )
     environment: dict[str, str] = {}
 
     def __repr__(self) -> str:  # connection infos and environments hold secrets

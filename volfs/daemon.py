@@ -183,6 +183,8 @@ class Daemon:
         if request.hold:
             client.leases.add(lease)
         info = attachment.info
+        if request.blank and attachment.leases == {lease}:
+            self._volumes.promise_blank(attachment.backend, info.source, info.size)
         return control.Attached(
             name=attachment.name,
             path=os.path.join(self._mountpoint, ATTACHED, attachment.name),
@@ -213,12 +215,12 @@ class Daemon:
             if self._handles(attachment):  # of other processes
                 self.background.start_soon(self._remove_when_unused, attachment)
             else:
-                await self._attachments.remove_unleased(attachment)
+                await self._remove_unleased(attachment)
         else:
             attachment = self._named(request.name or "")
             await self._wait_for_handles(attachment, request.wait, None)
             attachment.leases.clear()
-            await self._attachments.remove_unleased(attachment)
+            await self._remove_unleased(attachment)
         failure = self._volumes.take_failure(attachment.backend, attachment.info.source)
         if failure is not None:
             raise failure
@@ -260,6 +262,11 @@ class Daemon:
     async def _remove_when_unused(self, attachment: Attachment) -> None:
         source = attachment.info.source
         await self._volumes.wait_changed(lambda: not self._volumes.in_use(attachment.backend, source))
+        await self._remove_unleased(attachment)
+
+    async def _remove_unleased(self, attachment: Attachment) -> None:
+        if not attachment.leases:
+            self._volumes.forget_blank(attachment.backend, attachment.info.source)
         await self._attachments.remove_unleased(attachment)
 
     def _status(self, request: control.Status) -> control.StatusReply:

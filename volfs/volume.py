@@ -62,7 +62,8 @@ class Volume:
     flush, concerns every handle: each compares `failures` with the count that it has reported.
     """
 
-    def __init__(self, source: Source, volume: BackendVolume) -> None:
+    def __init__(self, source: Source, volume: BackendVolume, blank: KnownExtents | None = None) -> None:
+        """`blank` are holes that a client has promised, see VolumeTable.promise_blank. Writes end them there, too."""
         self.source = source
         self.handles = 0
         self.failures = 0
@@ -71,6 +72,7 @@ class Volume:
         self._opens = 0
         self._known = KnownExtents()
         self._known_since = 0.0  # trio's clock, of the oldest of it
+        self._blank = KnownExtents() if blank is None else blank
         self._writing = Writing()
         self._written = 0  # writes finished
         self._flushed = 0  # of these, how many a flush has covered
@@ -121,7 +123,7 @@ class Volume:
         started = self._opened.volume.start_write(offset, data)
         if started:
             self._writing.note(offset, len(data))
-            self._known.written(offset, len(data))
+            self._note_written(offset, len(data))
             self._written += 1
         return started
 
@@ -164,7 +166,7 @@ class Volume:
         """
         if offset >= self.properties.size:
             return Extent(offset, length, data=True)
-        known = self._known.at(offset)
+        known = self._blank.at(offset) or self._known.at(offset)
         while known is None:
             asked, opens = trio.current_time(), self._opens
             with self._writing.question() as spoilt:
@@ -186,7 +188,7 @@ class Volume:
     @contextmanager
     def _change(self, offset: int, length: int) -> Iterator[BackendVolume]:
         """The backend open, to change the range. A hole there, if one was known, is not known any more."""
-        self._known.written(offset, length)
+        self._note_written(offset, length)
         number = self._writing.begin(offset, length)
         try:
             with self._opened as volume:
@@ -195,6 +197,10 @@ class Volume:
             self._writing.end(number)
             # Also after an error: some of it may have been written, and wants the flush.
             self._written += 1
+
+    def _note_written(self, offset: int, length: int) -> None:
+        self._known.written(offset, length)
+        self._blank.forget(offset, length)
 
     async def flush(self) -> None:
         """Return when every write that returned before is on stable storage."""
@@ -235,6 +241,7 @@ class VolumeTable:
         self._backends = backends
         self._volumes: dict[Key, Volume] = {}
         self._locks: dict[Key, _CountedLock] = {}
+        self._blank: dict[Key, KnownExtents] = {}
         self._failures: dict[Key, VolfsError] = {}  # of closes whose error nobody has seen
         self._changed = trio.Event()  # replaced by a new one at each open and release
         self.opens = 0  # there have been
@@ -249,6 +256,19 @@ class VolumeTable:
         """Whether the volume is open, or being opened or closed."""
         return (backend, source) in self._volumes or (backend, source) in self._locks
 
+    def promise_blank(self, backend: Backend, source: Source, size: int) -> None:
+        """A client has made the volume, knows that it reads as zeros, and that nobody writes to it but by this table.
+
+        So what nobody writes is a hole, whatever the backend can tell, until `forget_blank`. Without effect where the
+        volume is in use, for who uses it may have written.
+        """
+        if not self.in_use(backend, source):
+            blank = self._blank[backend, source] = KnownExtents()
+            blank.learn([Extent(0, size, data=False)])
+
+    def forget_blank(self, backend: Backend, source: Source) -> None:
+        self._blank.pop((backend, source), None)
+
     def take_failure(self, backend: Backend, source: Source) -> VolfsError | None:
         """What went wrong when the volume was last closed, told once."""
         return self._failures.pop((backend, source), None)
@@ -260,7 +280,8 @@ class VolumeTable:
             if volume is None:
                 self._backends.hold(backend)
                 try:
-                    volume = Volume(source, await backend.open(source, writable=writable))
+                    opened = await backend.open(source, writable=writable)
+                    volume = Volume(source, opened, self._blank.get((backend, source)))
                 except BaseException:
                     await self._backends.release(backend)
                     raise

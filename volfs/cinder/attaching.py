@@ -32,10 +32,13 @@ class Attaching:
     def is_for(self, use: str) -> bool:
         return use in self._settings.use_for
 
-    def connect(self, conn: dict[str, Any], stock: Connect, *, as_root: bool = True) -> AttachInfo:
+    def connect(
+        self, conn: dict[str, Any], stock: Connect, *, as_root: bool = True, blank: bool = False
+    ) -> AttachInfo:
         """What _connect_device returns: by volfs where the protocol is one of [volfs] protocols, else by `stock`.
 
-        DeviceUnavailable when the file cannot be read (`as_root`: by root, as dd runs); then nothing is attached.
+        `blank`: it is new, and reads as zeros. DeviceUnavailable when the file cannot be read (`as_root`: by root, as
+        dd runs); then nothing is attached.
         """
         protocol = conn["driver_volume_type"]
         if protocol.lower() not in (name.lower() for name in self._settings.protocols):
@@ -52,6 +55,7 @@ class Attaching:
             protocol=protocol,
             socket_path=self._settings.socket,
             detach_seconds=self._settings.detach_timeout,
+            blank=blank,
         )
         device = connector.connect_volume(conn["data"])
         try:

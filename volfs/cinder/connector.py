@@ -39,7 +39,7 @@ Properties = Mapping[str, Any]
 class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
     """For volumes of any protocol that volfs knows. `protocol` is the driver_volume_type of the connection infos;
     `socket_path` that of the daemon, by default this user's own; `detach_seconds` what programs that have a volume
-    open are given to close it.
+    open are given to close it; `blank` as of api.attach.
     """
 
     protocol = ""
@@ -51,12 +51,14 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         protocol: str = "",
         socket_path: str | None = None,
         detach_seconds: float = DISCONNECT_SECONDS,
+        blank: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(root_helper, *args, **kwargs)
         self.protocol = protocol or self.protocol
         self.socket_path = socket_path
         self._detach_seconds = detach_seconds
+        self._blank = blank
 
     @staticmethod
     def get_connector_properties(root_helper: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -67,7 +69,8 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
     def connect_volume(self, connection_properties: Properties) -> dict[str, Any]:
         """Attach the volume. `path` is a str, the volume's file; `volfs_lease` is for `disconnect_volume`."""
         with _errors(f"{self.protocol}: connect"):
-            lease = api.Lease(self._info(connection_properties), None, self.socket_path, all_handles=True)
+            info = self._info(connection_properties)
+            lease = api.Lease(info, None, self.socket_path, all_handles=True, blank=self._blank)
         return {"type": "block", "path": lease.attached.path, "volfs_lease": _LEASES.keep(lease)}
 
     @utils.connect_volume_undo_prepare_result(unlink_after=True)  # type: ignore[untyped-decorator]

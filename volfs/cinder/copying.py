@@ -22,17 +22,17 @@ KEPT_LINES = 5  # of what a copy that failed has said
 
 
 def copy(
-    source: Any, target: Any, size: int, settings: Any, *, block_size: str, zero_target: bool, title: str
+    source: Any, target: Any, size: int, settings: Any, *, block_size: str, blank: bool, title: str
 ) -> None:
     """Copy `size` bytes, a multiple of a MiB, and return when that is done; what cannot be written is an error.
 
     `source` and `target` are what os-brick's connectors return: paths, or handles, which only Cinder's loop copies.
-    On a `zero_target`, which reads as zeros everywhere, dd leaves out what is zero.
+    On a target that is `blank`, and reads as zeros everywhere, dd leaves out what is zero.
     """
     if settings.copy_method == options.VOLFS and isinstance(source, str) and isinstance(target, str):
         _copy_by_volfs(source, target, size, settings.verify, title)
     else:
-        volume_utils.copy_volume(source, target, size // MIB, block_size, sparse=zero_target)
+        volume_utils.copy_volume(source, target, size // MIB, block_size, sparse=blank)
 
 
 def _copy_by_volfs(source: str, target: str, size: int, verify: bool, title: str) -> None:

@@ -27,6 +27,8 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._settings = options.register(cfg.CONF)
         self._attaching = Attaching(self._settings)
+        # New volumes, by id, that are to be attached: _connect_device is told no more than what the driver says.
+        self._blank: set[str] = set()
         if self._attaching.is_for(options.IMAGES):
             # A driver attaches for itself when it moves images. It may be of any class, so its object is told.
             stock = self.driver._connect_device
@@ -44,7 +46,8 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
 
     def _connect_device(self, conn: dict[str, Any]) -> AttachInfo:
         if self._attaching.is_for(options.COPIES):
-            return self._attaching.connect(conn, super()._connect_device)
+            blank = conn["data"].get("volume_id") in self._blank
+            return self._attaching.connect(conn, super()._connect_device, blank=blank)
         stock: AttachInfo = super()._connect_device(conn)
         return stock
 
@@ -65,7 +68,13 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         how = {"attach_encryptor": decrypt}
         far = {"remote": remote in ("dest", "both")}
         near = {"remote": remote in ("src", "both")}
-        target = self._attach_volume(ctxt, dest_vol, properties, **far, **how)
+        blank = not decrypt and self._is_blank(ctxt, dest_vol)
+        if blank:
+            self._blank.add(dest_vol["id"])
+        try:
+            target = self._attach_volume(ctxt, dest_vol, properties, **far, **how)
+        finally:
+            self._blank.discard(dest_vol["id"])
         try:
             source = self._attach_volume(ctxt, src_vol, properties, **near, **how)
             try:
@@ -75,7 +84,7 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
                     src_vol["size"] * GIB,
                     self._settings,
                     block_size=self.configuration.volume_dd_blocksize,
-                    zero_target=not decrypt and self._is_zero(ctxt, dest_vol),
+                    blank=blank,
                     title=f"volume {src_vol['id']} to {dest_vol['id']}",
                 )
             finally:
@@ -83,7 +92,7 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         finally:
             self._detach_volume(ctxt, target, dest_vol, properties, force=True, **far, **how)
 
-    def _is_zero(self, ctxt: Any, volume: Any) -> bool:
+    def _is_blank(self, ctxt: Any, volume: Any) -> bool:
         """Whether a volume reads as zeros: it is new, made for a migration, on a backend whose new volumes do."""
         if not (volume["migration_status"] or "").startswith("target:"):
             return False
