@@ -34,6 +34,7 @@ from services import (
 from volumes import processes_with
 
 GIB = 1024**3
+NONE_SECONDS = 5.0
 SCRIPT = TOP / "scripts" / "openstack"
 POOLS = {"ceph": "volumes", "ceph2": "rbd"}
 
@@ -194,11 +195,14 @@ class Openstack:
 
     def wait_moved(self, volume: str, backend: str, seconds: float = 180) -> dict[str, Any]:
         """Until a migration or a retype has come to its end, and the volume is where it should be."""
-        deadline = time.monotonic() + seconds
+        deadline, none_since = time.monotonic() + seconds, None
         while True:
             shown = self.show(volume)
-            moving = shown["migration_status"] in ("starting", "migrating", "completing")
-            if not moving and shown["status"] in ("available", "error", "in-use"):
+            # Cinder has none for a moment while it exchanges the two volumes, and always where nothing was to be moved.
+            none_since = (none_since or time.monotonic()) if shown["migration_status"] is None else None
+            settled = shown["migration_status"] in ("success", "error")
+            settled |= none_since is not None and time.monotonic() - none_since > NONE_SECONDS
+            if settled and shown["status"] in ("available", "error", "in-use"):
                 break
             if time.monotonic() > deadline:
                 raise CinderError(f"volume {volume} still {shown['status']}, {shown['migration_status']}")

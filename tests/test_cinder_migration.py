@@ -210,7 +210,7 @@ def test_a_killed_cinder_volume_leaves_the_source_and_no_attachment(
     assert source.sha256() == before
     (target,) = (shown["id"] for shown in cinder.volumes() if shown["id"] != volume)
     for left in (target, volume):
-        status = {"status": "available", "migration_status": None}
+        status = {"status": "available", "migration_status": "none"}
         cinder.call("POST", f"/volumes/{left}/action", {"os-reset_status": status})
     cinder.delete(target)
     cinder.retype(volume, "san")

@@ -103,6 +103,20 @@ async def test_holes_cost_nothing_on_a_blank_target(autojump_clock: MockClock) -
     assert sum(length for _, length in bench.made("pwrite")) == 30 * PIECE + 7
 
 
+@pytest.mark.parametrize("blank", [True, False])
+async def test_zeros_that_the_source_takes_for_data_become_holes(
+    autojump_clock: MockClock, blank: bool
+) -> None:
+    bench = Bench(with_holes(), blank=blank)
+    for at in (10, 30, 50):
+        await bench.one.pwrite(at * PIECE, bytes(10 * PIECE))
+    assert await copy_range(bench.ahead, 0, bench.target, 0, SIZE) == SIZE
+    bench.check(0, 0, SIZE, SIZE)
+    assert sum(length for _, length in bench.made("pread")) == SIZE
+    assert sum(length for _, length in bench.made("pwrite")) == 30 * PIECE + 7
+    assert sum(length for _, length in bench.made("discard")) == (0 if blank else 30 * PIECE)
+
+
 @pytest.mark.parametrize(
     ("begin", "to", "length", "copied"),
     [

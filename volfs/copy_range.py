@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from volfs.data_ahead import DataAhead, piece_length
+from volfs.data_ahead import PIECE, DataAhead, piece_length
 from volfs.errors import VolfsError
 from volfs.volume import Volume
 
 PIECES = 16  # under way at once, each read and then written; holes too
+ZEROES = bytes(PIECE)
 
 Interrupted = Callable[[], bool]
 
@@ -109,5 +110,8 @@ class _Copy:
             raise VolfsError(
                 f"{self._source.volume.source.url}: shrunk to {offset + len(data)} bytes", errno.EIO
             )
-        if await self._target.pwrite(offset + self._shift, data) != length:
+        if ZEROES.startswith(data):
+            # Of a source that does not know its holes. The comparison ends at the first byte that is not zero.
+            await self._zero(offset, length)
+        elif await self._target.pwrite(offset + self._shift, data) != length:
             raise VolfsError(f"{self._target.source.url}: shrunk meanwhile", errno.ENOSPC)
