@@ -261,11 +261,12 @@ class Openstack:
     @contextlib.contextmanager
     def configured(self, *settings: str) -> Iterator[None]:
         """For as long as it lasts; cinder-volume restarts before and after."""
+        before = script.read_state(script.Place(self.var))["settings"]
         self.up(*settings)
         try:
             yield
         finally:
-            self.up()
+            self.up(*before)
 
     def restart(self) -> None:
         """cinder-volume, also when it was killed."""

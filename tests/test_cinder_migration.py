@@ -14,6 +14,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+import tempest_runs
 from mounts import wait_until
 from openstack import GIB, CinderError, Openstack, fill
 from services import MIB
@@ -126,6 +127,32 @@ def test_a_volume_goes_round_all_backends(cinder: Openstack, new_volume: Callabl
         assert "Traceback" not in log
 
 
+def test_tempest_retypes_with_migration(cinder: Openstack, socket: str, tmp_path: Path) -> None:
+    """Its own tests, between Ceph and the iSCSI target."""
+    regex = r"tempest\.api\.volume\.admin\.test_volume_retype"
+    passed = tempest_runs.run(cinder, tmp_path, regex, backends="ceph,san", others="san", socket=socket)
+    assert {"test_available_volume_retype_with_migration", "test_available_volume_retype"} <= set(passed)
+    assert "test_volume_from_snapshot_retype_with_migration" in passed
+
+
+def test_the_plugin_s_tests_pass(cinder: Openstack, socket: str, tmp_path: Path) -> None:
+    """Those that take a while are in test_all_of_the_plugin_s_tests_pass."""
+    regex = r"volfs.*test_(sparse_volume|volume_with_a_snapshot_is_refused)"
+    passed = tempest_runs.run(cinder, tmp_path, regex, backends="ceph,san", others="san", socket=socket)
+    assert sorted(passed) == ["test_sparse_volume", "test_volume_with_a_snapshot_is_refused"]
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("others", ["local", "san"])
+def test_all_of_the_plugin_s_tests_pass(cinder: Openstack, socket: str, tmp_path: Path, others: str) -> None:
+    for test in ("full", "sparse", "empty", "extended", "volume_with", "daemon_killed"):
+        passed = tempest_runs.run(
+            cinder, tmp_path, f"volfs.*test_{test}", backends=f"ceph,{others}", others=others, socket=socket
+        )
+        assert len(passed) == 1
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("length", [GIB, SPARSE], ids=["full", "sparse"])
 @pytest.mark.parametrize(("first", "second"), list(permutations(BACKENDS, 2)), ids="-to-".join)
@@ -139,6 +166,7 @@ def test_each_pair_of_backends(
     assert cinder.where(volume).allocated() <= length + 4 * MIB
 
 
+@pytest.mark.thorough
 def test_a_retype_moves_a_volume_too(cinder: Openstack, new_volume: Callable[..., str]) -> None:
     volume = new_volume("ceph")
     fill_everywhere(cinder, volume, SPARSE)
@@ -149,6 +177,7 @@ def test_a_retype_moves_a_volume_too(cinder: Openstack, new_volume: Callable[...
     assert cinder.where(volume).sha256() == before
 
 
+@pytest.mark.thorough
 def test_four_volumes_migrate_at_once(cinder: Openstack, new_volume: Callable[..., str]) -> None:
     volumes = [new_volume("ceph") for _ in range(4)]
     for number, volume in enumerate(volumes):
@@ -177,23 +206,7 @@ def test_a_daemon_that_is_killed_fails_the_migration_and_the_next_one_succeeds(
     assert cinder.where(volume).sha256() == before
 
 
-def test_a_full_target_fails_the_migration_and_the_source_stays(
-    cinder: Openstack, new_volume: Callable[..., str]
-) -> None:
-    """By a quota, which Ceph has writers wait for unless they ask not to."""
-    volume = new_volume("local")
-    fill_everywhere(cinder, volume, SPARSE)
-    before = cinder.where(volume).sha256()
-    quota = ("ceph", "osd", "pool", "set-quota", "volumes", "max_bytes")
-    cinder.services.run(*quota, str(32 * MIB))
-    try:
-        cinder.retype(volume, "ceph")
-        assert_failed(cinder, volume, "local", seconds=280)
-    finally:
-        cinder.services.run(*quota, "0")
-    assert cinder.where(volume).sha256() == before
-
-
+@pytest.mark.thorough
 def test_a_killed_cinder_volume_leaves_the_source_and_no_attachment(
     cinder: Openstack, socket: str, new_volume: Callable[..., str]
 ) -> None:
@@ -231,6 +244,7 @@ def test_without_a_daemon_the_migration_fails_with_a_clear_line(
         assert openstack.where(volume).users() == []
 
 
+@pytest.mark.thorough
 def test_without_a_daemon_volumes_may_be_attached_as_ever(
     openstack: Openstack, tmp_path: Path, new_volume: Callable[..., str]
 ) -> None:
@@ -252,7 +266,7 @@ def test_volfs_copies_by_itself_when_told_so(
         volume = new_volume(ANY_TYPE)
         place(openstack, volume, "ceph")
         fill_everywhere(openstack, volume, SPARSE)
-        for backend in ("san", "ceph2", "local", "ceph"):
+        for backend in ("san", "ceph2"):
             log = move(openstack, volume, backend)
             assert openstack.where(volume).allocated() <= SPARSE + 4 * MIB, backend
             assert "verify: 100%" in log

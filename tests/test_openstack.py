@@ -165,6 +165,7 @@ def test_a_stock_volume_migrates_to_files_and_back(openstack: Openstack, new_vol
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_stock_volume_migrates_within_the_cluster_by_copying(openstack: Openstack, new_volume: Any) -> None:
     """A type that names its backend is in the way of `migrate`, so this is a volume of no type of ours."""
     volume = new_volume("__DEFAULT__")
@@ -183,6 +184,7 @@ def test_a_stock_volume_migrates_within_the_cluster_by_copying(openstack: Openst
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_backend_that_cannot_start_is_told_in_one_line(openstack: Openstack) -> None:
     done = openstack_command("up", "--set", "local.volume_driver=no.such.Driver", var=openstack.var)
     try:
