@@ -74,7 +74,13 @@ def run(
     done = subprocess.run(
         [PROGRAM, "run", "--config-file", "tempest.conf", "--serial", "--regex", regex],
         cwd=directory,
-        env={**os.environ, **cinder.services.environment, "PYTHONWARNINGS": "ignore", "HOME": str(directory)},
+        env={
+            **os.environ,
+            **cinder.services.environment,
+            "PYTHONWARNINGS": "ignore",
+            "HOME": str(directory),
+            "VOLFS_SOCKET": socket,  # of what writes to volumes
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
