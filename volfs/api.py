@@ -88,8 +88,8 @@ def attach(
     """Attach a volume; returns what it is called now, and the connection. With `hold` it stays as long as that.
 
     `blank`: the caller knows that the whole volume reads as zeros, as a new one does on most storages, and that nobody
-    writes to it meanwhile but through the daemon. Copies then leave holes out that the storage cannot tell of. Wrong,
-    it has old data show through the holes of a copy.
+    else writes to it meanwhile. Copies then leave holes out that the storage cannot tell of. A wrong promise has old
+    data show through the holes of a copy.
     """
     request = _attach_request(source, name, hold, blank)
     while True:
