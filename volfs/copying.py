@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import IO, Protocol
 
 from volfs.comparing import BLOCK_SIZE, Progress, check_sizes, compare_volume_data
@@ -211,6 +211,7 @@ class _Descriptor:
             written = os.pwrite(self._number, rest, self._offset)
             if not written:
                 raise _takes_nothing()
+            _write_back(self._number, self._offset, written)
             self._offset += written
             yield written
             rest = rest[written:]
@@ -218,6 +219,16 @@ class _Descriptor:
     def zero(self, length: int) -> Iterator[int]:
         begin, self._offset = self._offset, self._offset + length
         return self._zeroer.zero(begin, begin + length)
+
+
+def _write_back(number: int, offset: int, length: int) -> None:
+    """Have the kernel begin to, and not wait with all of it until it is made stable at the end.
+
+    That is what the advice does to pages that are dirty; there is no call for just this but Linux's sync_file_range,
+    which Python does not have.
+    """
+    with suppress(OSError):  # of what is no file
+        os.posix_fadvise(number, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 class _Stream:
