@@ -29,11 +29,13 @@ from services import (
     describe,
     is_last,
     load_script,
+    script_command,
     skip_or_fail,
 )
 from volumes import processes_with
 
 GIB = 1024**3
+COMMAND_SECONDS = 280.0
 NONE_SECONDS = 5.0
 SCRIPT = TOP / "scripts" / "openstack"
 POOLS = {"ceph": "volumes", "ceph2": "rbd"}
@@ -280,16 +282,7 @@ class Openstack:
 
 def openstack_command(*arguments: str, var: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run scripts/openstack; var other than the default is another, private place."""
-    environment = dict(os.environ) if var is None else {**os.environ, "VOLFS_VAR": str(var)}
-    return subprocess.run(
-        [SCRIPT, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env=environment,
-    )
+    return script_command(SCRIPT, *arguments, var=var, timeout=COMMAND_SECONDS)
 
 
 @contextlib.contextmanager

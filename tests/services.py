@@ -231,15 +231,21 @@ def disconnect(services: Services) -> None:
 
 def services_command(*arguments: str, var: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run scripts/services; var other than the default is another, private place."""
-    environment = dict(os.environ) if var is None else {**os.environ, "VOLFS_VAR": str(var)}
+    return script_command(SCRIPT, *arguments, var=var, timeout=200 * SLOWER)
+
+
+def script_command(
+    program: Path, *arguments: str, var: Path | None, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run one of scripts/ that keep their state in a place."""
     return subprocess.run(
-        [SCRIPT, *arguments],
+        [program, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200 * SLOWER,
+        timeout=timeout,
         check=False,
-        env=environment,
+        env=dict(os.environ) if var is None else {**os.environ, "VOLFS_VAR": str(var)},
     )
 
 
