@@ -35,6 +35,7 @@ with warnings.catch_warnings():
 
     from volfs.cinder import options
     from volfs.cinder.driver import OpenVolume
+    from volfs.cinder.manager import is_blank
 
 GIB = 1 << 30
 CONTEXT = context.get_admin_context()
@@ -158,3 +159,15 @@ def test_only_what_was_opened_is_closed(rbd_driver: Driver, create: Create, tmp_
         pytest.raises(ValueError, match="not opened by open_volume"),
     ):
         rbd_driver.close_volume(CONTEXT, volume, other)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"migration_status": "target:1", "encryption_key_id": str(uuid.uuid4())},  # it begins with a header
+        {"migration_status": None, "encryption_key_id": None},  # it is reverted to a snapshot, and has data
+    ],
+)
+def test_a_volume_that_may_hold_something_is_not_taken_for_blank(what: dict[str, Any]) -> None:
+    """Before its backend is asked: what dd would leave out there is what it holds."""
+    assert not is_blank(CONTEXT, objects.Volume(CONTEXT, id=str(uuid.uuid4()), **what))

@@ -68,7 +68,7 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         how = {"attach_encryptor": decrypt}
         far = {"remote": remote in ("dest", "both")}
         near = {"remote": remote in ("src", "both")}
-        blank = not decrypt and self._is_blank(ctxt, dest_vol)
+        blank = not decrypt and is_blank(ctxt, dest_vol)
         if blank:
             self._blank.add(dest_vol["id"])
         try:
@@ -92,9 +92,13 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         finally:
             self._detach_volume(ctxt, target, dest_vol, properties, force=True, **far, **how)
 
-    def _is_blank(self, ctxt: Any, volume: Any) -> bool:
-        """Whether a volume reads as zeros: it is new, made for a migration, on a backend whose new volumes do."""
-        if not (volume["migration_status"] or "").startswith("target:"):
-            return False
-        capabilities = rpcapi.VolumeAPI().get_capabilities(ctxt, volume.service_topic_queue, False)
-        return bool(capabilities and capabilities.get("sparse_copy_volume"))
+
+def is_blank(ctxt: Any, volume: Any) -> bool:
+    """Whether a volume reads as zeros: it is new, made for a migration, on a backend whose new volumes do.
+
+    One that is encrypted has a header from the beginning on, where its driver makes that (Ceph's does).
+    """
+    if volume["encryption_key_id"] or not (volume["migration_status"] or "").startswith("target:"):
+        return False
+    capabilities = rpcapi.VolumeAPI().get_capabilities(ctxt, volume.service_topic_queue, False)
+    return bool(capabilities and capabilities.get("sparse_copy_volume"))
