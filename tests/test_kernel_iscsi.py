@@ -30,10 +30,10 @@ from volfs.backends.iscsi_source import IscsiSettings, IscsiSource
 from volfs.errors import BackendError, BackendTimeout, VolfsError
 from volfs.source import parse_connection_info
 
-pytestmark = pytest.mark.vm(seconds=14)
+pytestmark = pytest.mark.vm(seconds=7)
 
 SIZE = 4 * MIB
-COPIED = 96 * MIB  # long enough for something to fail meanwhile
+COPIED = 64 * MIB  # long enough for something to fail meanwhile
 DEADLINE = 60.0  # for what happens in the background; all is slow in the guest
 
 
@@ -240,19 +240,21 @@ def test_a_copy_outlives_one_of_two_paths(
         assert attached.returncode == 0, attached.stderr
         path = attached.stdout.strip()
         command = [*VOLFS, "copy", "--quiet", source, path]
-        copy = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        wait_until(lambda: written(target) > MIB or copy.poll() is not None, "the copy has begun", DEADLINE)
-        failing = disks()[0] / "device" / "state"
-        failing.write_text("offline\n")
-        begun = written(target)
-        output, _ = copy.communicate(timeout=120)
-        assert copy.returncode == 0, output
-        (name,) = succeed("multipathd", "show", "maps", "raw", "format", "%n").split()
-        table = succeed("dmsetup", "status", name)
-        assert table.count(" F ") == 1, f"one path has failed: {table}"
-        assert begun < size, "the path failed before the copy was done"
-        failing.write_text("running\n")
-        # While udev looks at what was written to, the map is in use, and os-brick tries again ten seconds later.
+        with open(path, "rb"):  # so that it stays connected after the copy, for a look
+            copy = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            wait_until(
+                lambda: written(target) > MIB or copy.poll() is not None, "the copy has begun", DEADLINE
+            )
+            failing = disks()[0] / "device" / "state"
+            failing.write_text("offline\n")
+            begun = written(target)
+            output, _ = copy.communicate(timeout=120)
+            assert copy.returncode == 0, output
+            (name,) = succeed("multipathd", "show", "maps", "raw", "format", "%n").split()
+            table = succeed("dmsetup", "status", name)
+            assert table.count(" F ") == 1, f"one path has failed: {table}"
+            assert begun < size, "the path failed before the copy was done"
+            failing.write_text("running\n")
         detached = mount.volfs("detach", "--wait", "60", path)
         assert detached.returncode == 0, detached.stderr
     assert target.backing.read_bytes() == source.read_bytes()
@@ -311,7 +313,7 @@ async def test_a_target_that_restarts_or_hangs_ends_no_wait_late(
 
 async def use_without(stop: Callable[[], None], target: KernelTarget) -> None:
     """Stop the initiator while the volume is open, and write to it."""
-    async with opened(source_of(target), connect_timeout=15) as volume:
+    async with opened(source_of(target), connect_timeout=8) as volume:
         stop()
         await volume.pwrite(0, b"still")
         await volume.flush()

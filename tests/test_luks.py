@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import encryption
 import pytest
 from connectors import processutils, set_up_os_brick
 from guest_volumes import GuestStorage
@@ -26,14 +25,13 @@ from services import MIB
 from volumes import StoredVolume, write_file
 
 from volfs import api, copy_volume_data, open_volume
+from volfs.backends.brick_commands import Commands
 from volfs.cinder.connector import VolfsConnector
 
-pytestmark = pytest.mark.vm(seconds=20)
+pytestmark = pytest.mark.vm(seconds=10)
 
 SIZE = 8 * MIB
-HEADER = 2 * MIB  # of LUKS 1, as cryptsetup makes it
-CONTENT = sparse_content(SIZE - HEADER, seed=1)
-SIGNATURE = b"LUKS\xba\xbe"
+CONTENT = sparse_content(SIZE - encryption.HEADER, seed=1)
 CLOSE_SECONDS = 30.0
 
 
@@ -71,20 +69,7 @@ def os_brick() -> None:
 
 @pytest.fixture(autouse=True)
 def quick_passphrases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cryptsetup makes a passphrase as dear as takes this processor two seconds, to whoever guesses or knows it.
-
-    os-brick cannot tell it otherwise; the disks of these tests are nobody's to guess.
-    """
-    directory, cryptsetup = tmp_path / "bin", shutil.which("cryptsetup")
-    directory.mkdir()
-    script = directory / "cryptsetup"
-    cheap = "--pbkdf-force-iterations 1000"
-    script.write_text(f"""#!/bin/sh
-case " $* " in *" luksFormat "*) set -- "$@" {cheap};; esac
-exec {cryptsetup} "$@"
-""")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", encryption.quick_passphrases(tmp_path / "bin"))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +115,9 @@ def encryptor_of(path: Path, key: Key) -> Any:
         root_helper="sudo",
         connection_info=info,
         keymgr=key,
+        execute=Commands(
+            CLOSE_SECONDS
+        ),  # the same commands; os-brick's way to start them takes 0.3 s each in here
         control_location="front-end",
         provider=encryptors.LUKS,
         encryption_key_id="1",
@@ -156,8 +144,8 @@ def by_a_link_of_the_callers(mount: Mount, volume: StoredVolume, key: Key, direc
 
 
 @contextmanager
-def by_os_bricks_link(mount: Mount, volume: StoredVolume, key: Key, directory: Path) -> Iterator[Path]:
-    """As volfs's own connectors have it: os-brick makes a link for the encryptor."""
+def by_the_connector_s_link(mount: Mount, volume: StoredVolume, key: Key, directory: Path) -> Iterator[Path]:
+    """As volfs's own connectors have it: they make a link for the encryptor."""
     properties = {"device_path": volume.url.removeprefix("block:"), "encrypted": True}
     connector = LocalConnector("sudo", socket_path=str(mount.socket))
     device_info = connector.connect_volume(properties)
@@ -175,18 +163,13 @@ def decrypted(volume: StoredVolume, key: Key, directory: Path) -> bytes:
     """What the storage holds, decrypted without volfs."""
     stored = directory / "stored"
     stored.write_bytes(volume.read())
-    name = f"test-{secrets.token_hex(4)}"
-    command = ["cryptsetup", "open", "--type", "luks", "--readonly", "--key-file=-", stored, name]
-    subprocess.run(command, input=key.passphrase.encode(), check=True, timeout=60)
-    try:
-        return Path(f"/dev/mapper/{name}").read_bytes()
-    finally:
-        succeed("cryptsetup", "close", name)
+    with encryption.decrypted(stored, key.passphrase, "--readonly") as device:
+        return device.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("encrypted_kind", "plain_kind", "encrypted"),
-    [("rbd", "lvm", by_a_link_of_the_callers), ("lvm", "rbd", by_os_bricks_link)],
+    [("rbd", "lvm", by_a_link_of_the_callers), ("lvm", "rbd", by_the_connector_s_link)],
     ids=["rbd", "lvm"],
 )
 def test_a_volume_is_encrypted_and_migrated_to_a_plain_one_and_back(
@@ -207,13 +190,13 @@ def test_a_volume_is_encrypted_and_migrated_to_a_plain_one_and_back(
         with open_volume(source.url) as reader, link.open("r+b", 0) as writer:
             copy_volume_data(reader, writer, len(CONTENT), verify=True)
             os.fsync(writer.fileno())
-    assert volume.read().startswith(SIGNATURE)
+    assert volume.read().startswith(encryption.SIGNATURE)
     assert decrypted(volume, key, tmp_path) == CONTENT
     with encrypted(mount, volume, key, tmp_path) as link:
         done = mount.volfs("copy", link, target.url, "--verify")
         assert done.returncode == 0, done.stderr
         write_file(link, b"changed", 7000)
-    assert_holds(target, CONTENT, GARBAGE * HEADER)
+    assert_holds(target, CONTENT, GARBAGE * encryption.HEADER)
     changed = CONTENT[:7000] + b"changed" + CONTENT[7007:]
     assert decrypted(volume, key, tmp_path) == changed
     assert [each.users() for each in (volume, source, target)] == [[], [], []]
@@ -229,6 +212,6 @@ def test_the_mount_is_not_to_be_replaced_by_an_encryptor(mount: Mount, guest_sto
     assert path.is_file()
     assert not path.is_symlink()
     assert os.listdir(path.parent) == [path.name]
-    assert path.read_bytes().startswith(SIGNATURE)
+    assert path.read_bytes().startswith(encryption.SIGNATURE)
     encryptor.detach_volume()
     api.detach(str(path), wait=CLOSE_SECONDS)

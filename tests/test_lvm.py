@@ -290,7 +290,7 @@ async def stats(backend: BlockBackend) -> dict[str, VolumeInfo]:
     return {entry.name: entry for entry in await backend.list(()) if isinstance(entry, VolumeInfo)}
 
 
-@pytest.mark.vm(seconds=22)
+@pytest.mark.vm(seconds=12)
 async def test_volumes_are_active_only_while_they_are_open(group: VolumeGroup, runtime: Path) -> None:
     group.create("with-dash", 8 * MIB)
     group.create_thin("thin", 128 * MIB)
@@ -353,7 +353,7 @@ async def test_volumes_are_active_only_while_they_are_open(group: VolumeGroup, r
     assert group.active() == {"active"}
 
 
-@pytest.mark.vm
+@pytest.mark.vm(seconds=2)
 async def test_a_resize_is_seen_and_done(group: VolumeGroup) -> None:
     path = group.create("disk", 8 * MIB)
     async with group_backend(group.name) as backend:
@@ -378,7 +378,7 @@ def mounted_group(directory: Path, group: VolumeGroup) -> Any:
     return mounted(directory, [], ["-c", str(settings)])
 
 
-@pytest.mark.vm(seconds=12)
+@pytest.mark.vm(seconds=6)
 def test_what_a_killed_daemon_left_active_is_deactivated_at_the_next_start(
     group: VolumeGroup, runtime: Path, tmp_path: Path
 ) -> None:

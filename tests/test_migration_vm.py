@@ -20,7 +20,7 @@ from volumes import StoredVolume
 
 from volfs import api
 
-pytestmark = pytest.mark.vm(seconds=9)
+pytestmark = pytest.mark.vm(seconds=5)
 
 # Of the sizes that a storage can have. An extent of LVM is 4 MiB.
 KINDS = {"rbd": 1, "iscsi": 512, "kernel": 512, "lvm": 4 * MIB, "file": 1}

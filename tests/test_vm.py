@@ -14,7 +14,7 @@ from guest import VM, why_not
 from kernel_targets import MakeTarget, logged_in, sessions, succeed
 from lvm import GroupFactory
 from mounts import mounted, wait_until
-from services import MIB, TOP, Image, Services, skip_or_fail
+from services import MIB, TOP, Image, Services, load_script, skip_or_fail
 
 MODULES = [
     *("iscsi_tcp", "dm_multipath", "dm_crypt", "dm_thin_pool"),
@@ -99,13 +99,13 @@ def test_volfs_mounts_in_the_guest(tmp_path: Path) -> None:
         assert file.read_bytes() == data + bytes(3 * MIB)
 
 
-@pytest.mark.vm(seconds=3)
+@pytest.mark.vm
 def test_ceph_runs_in_the_guest(rbd_image: Image) -> None:
     rbd_image.write(b"volfs", offset=MIB)
     assert rbd_image.read()[MIB : MIB + 5] == b"volfs"
 
 
-@pytest.mark.vm(seconds=25)
+@pytest.mark.vm(seconds=9)
 def test_the_kernels_ways_to_an_image_have_the_same_bytes(
     services: Services, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,3 +201,22 @@ def test_nothing_is_left_running_when_the_script_is_ended(guests: None, number: 
         process.wait(30)
     wait_until(lambda: not any(path.exists() for path in left), "the guest is gone", 10)
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
+
+
+@pytest.mark.parametrize(
+    ("program", "failure"), [("exit 0", ""), ("echo 'libc is too old' >&2; exit 1", "libc is too old")]
+)
+def test_a_kernel_that_does_not_run_on_this_host_is_found_out(
+    tmp_path: Path, program: str, failure: str
+) -> None:
+    if reason := why_not():
+        skip_or_fail("vm", reason)
+    kernel = tmp_path / "usr" / "bin" / "linux.uml"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(f"#!/bin/sh\n{program}\n")
+    kernel.chmod(0o755)
+    host = next(Path("/usr/lib").glob("*-gnu/libc.so.6")).resolve()
+    library = tmp_path / host.relative_to("/")
+    library.parent.mkdir(parents=True)
+    library.write_bytes(host.read_bytes())
+    assert load_script(VM).kernel_failure(tmp_path) == failure

@@ -162,14 +162,18 @@ class BlockBackend(Backend):
     async def open(self, source: Source, *, writable: bool) -> BlockDevice:
         assert isinstance(source, BlockSource)
         timeout = self.settings.timeout
-        if writable and (await self.stat(source)).read_only:
-            raise BackendError(f"{source.url}: read-only", errno.EROFS)
+        read_only = BackendError(f"{source.url}: read-only", errno.EROFS)
+        if writable and (source.read_only or self.settings.read_only):
+            raise read_only
         full_name = await self._full_name(source)
         if full_name is None:
+            if writable and (await self.stat(source)).read_only:
+                raise read_only
             return await open_device(source.path, name=source.url, writable=writable, timeout=timeout)
-        volume = await self._reports.volume(full_name)
-        await ACTIVATIONS.acquire(volume, timeout)
+        volume = await ACTIVATIONS.acquire(full_name, self._reports.unit(full_name), timeout)
         try:
+            if writable and not volume.writable:
+                raise read_only
             return await open_device(
                 volume.path,
                 name=source.url,

@@ -22,7 +22,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 DRIVER = "brick"  # whose `clean_up` the journal's records are for
 POLL_SECONDS = 0.05  # how soon a lock that another process gives up is found free
+SETTLE_SECONDS = 5  # that udev has for the events of this machine
 CLEAN_UP_SECONDS = 60.0  # that one command may take to undo what a dead process left
 
 
@@ -259,6 +260,8 @@ def _disconnect(
 
     A second time then, as most failures (to flush a disk that is gone) leave nothing that could fail again.
     """
+    if facts.device_info.get("multipath_id"):
+        _settle()
 
     def disconnect() -> None:
         with library.errors(commands, f"{facts.name}: disconnect", data):
@@ -269,6 +272,12 @@ def _disconnect(
     except VolfsError as exc:
         disconnect()
         log.warning("%s; nothing is left, though", exc)
+
+
+def _settle() -> None:
+    """Let udev have its look at what was written to: os-brick waits ten seconds when a map is in use meanwhile."""
+    with suppress(Exception):  # no udev here, or a busy one: then it is os-brick's to wait
+        Commands(SETTLE_SECONDS + 1)("udevadm", "settle", f"--timeout={SETTLE_SECONDS}")
 
 
 def _unmount(mount_point: str, commands: Commands, options: library.Options) -> None:

@@ -40,23 +40,29 @@ class Activations:
     def __init__(self) -> None:
         self._units: dict[str, _Unit] = {}
 
-    async def acquire(self, volume: lvm.LogicalVolume, timeout: float) -> None:
-        """Have the logical volume active; the caller owes a `release` of its unit.
+    async def acquire(self, full_name: str, unit_name: str | None, timeout: float) -> lvm.LogicalVolume:
+        """Have the logical volume active; the caller owes a `release` of the unit of the one that is returned.
 
-        VolumeNotFound, BackendError; what fails or is cancelled leaves it as it was.
+        `unit_name` is what its unit was when somebody last looked, which saves a look. VolumeNotFound, BackendError;
+        what fails or is cancelled leaves it as it was.
         """
-        unit_name = volume.unit
-        unit = self._units.setdefault(unit_name, _Unit())
-        unit.waiting += 1
-        try:
-            async with unit.lock:
-                # As it is now that nobody of us changes it.
-                volume = await lvm.logical_volume(volume.full_name, timeout)
-                if not volume.active:
-                    await self._activate(unit, volume, timeout)
-                unit.users += 1
-        finally:
-            self._leave(unit_name, unit)
+        while True:
+            if unit_name is None:
+                unit_name = (await lvm.logical_volume(full_name, timeout)).unit
+            unit = self._units.setdefault(unit_name, _Unit())
+            unit.waiting += 1
+            try:
+                async with unit.lock:
+                    # As it is now that nobody of us changes it.
+                    volume = await lvm.logical_volume(full_name, timeout)
+                    if volume.unit == unit_name:
+                        if not volume.active:
+                            await self._activate(unit, volume, timeout)
+                        unit.users += 1
+                        return volume
+            finally:
+                self._leave(unit_name, unit)
+            unit_name = volume.unit  # another volume has got the name since
 
     async def release(self, unit_name: str, timeout: float) -> None:
         """Give up a use of it. BackendError when it was the last one and the volume cannot be deactivated."""

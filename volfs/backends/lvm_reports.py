@@ -25,6 +25,7 @@ class Reports:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._reports: dict[str, _Report] = {}
+        self._units: dict[str, str] = {}  # by full name
 
     async def volumes(self, group: str) -> list[lvm.LogicalVolume]:
         """Those that hold somebody's data. VolumeNotFound, BackendError."""
@@ -34,6 +35,7 @@ class Reports:
             if now - report.asked > FRESH_SECONDS:
                 found = await lvm.logical_volumes(group, self._timeout)
                 report.volumes, report.asked = [volume for volume in found if volume.is_volume], now
+                self._units |= {volume.full_name: volume.unit for volume in report.volumes}
         return report.volumes
 
     async def volume(self, full_name: str) -> lvm.LogicalVolume:
@@ -42,6 +44,10 @@ class Reports:
             if volume.name == name:
                 return volume
         raise VolumeNotFound(f"{full_name}: no such logical volume")
+
+    def unit(self, full_name: str) -> str | None:
+        """What the volume's unit was when it was last heard of, however long ago that is."""
+        return self._units.get(full_name)
 
     def forget(self) -> None:
         """Something was changed."""
