@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,13 +42,14 @@ VM_SIZE_MIB = 16
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement. `floor` is what volfs has to be, as a multiple of the best peer, on RBD."""
+    """One measurement. What volfs has to be, as a multiple of the best peer, and of librbd itself."""
 
     name: str
     options: tuple[str, ...]  # of fio, or of dd
     unit: str = "MB/s"
     tool: str = "fio"
-    floor: float | None = None
+    floors: Mapping[str, float] = field(default_factory=dict)  # by driver
+    limit_floor: float | None = None
     quick: bool = True
 
 
@@ -64,17 +65,23 @@ def _fio(rw: str, size: str, *, direct: int, depth: int = 1) -> tuple[str, ...]:
     return (*options, "--end_fsync=1") if "write" in rw else options
 
 
+def _floors(rbd: float, limit: float, iscsi: float) -> dict[str, Any]:
+    return {"floors": {"rbd": rbd, "iscsi": iscsi}, "limit_floor": limit}
+
+
 JOBS = (
-    Job("read 1M direct", _fio("read", "1M", direct=1), floor=1.3),
-    Job("read 1M buffered", _fio("read", "1M", direct=0), floor=1.3),
-    Job("write 1M direct", _fio("write", "1M", direct=1), floor=0.9),
-    Job("write 1M buffered", _fio("write", "1M", direct=0), floor=0.9),
+    Job("read 1M direct", _fio("read", "1M", direct=1), **_floors(1.5, 0.6, 1.0)),
+    Job("read 1M buffered", _fio("read", "1M", direct=0), **_floors(2.0, 0.6, 1.0)),
+    Job("write 1M direct", _fio("write", "1M", direct=1), **_floors(1.2, 0.8, 1.0)),
+    Job("write 1M buffered", _fio("write", "1M", direct=0), floors={"rbd": 0.9}),
     Job("dd bs=1M iflag=direct", ("bs=1M", "iflag=direct"), tool="dd"),
     Job("dd bs=1M", ("bs=1M",), tool="dd"),
-    Job("randread 4k depth 1", _fio("randread", "4k", direct=1), "IOPS"),
-    Job("randread 4k depth 32", _fio("randread", "4k", direct=1, depth=32), "IOPS"),
+    Job("randread 4k depth 1", _fio("randread", "4k", direct=1), "IOPS", **_floors(1.0, 0.65, 0.6)),
+    Job("randread 4k depth 32", _fio("randread", "4k", direct=1, depth=32), "IOPS", **_floors(1.1, 0.6, 0.5)),
     Job("randwrite 4k depth 1", _fio("randwrite", "4k", direct=1), "IOPS", quick=False),
-    Job("randwrite 4k depth 32", _fio("randwrite", "4k", direct=1, depth=32), "IOPS", quick=False),
+    Job(
+        "randwrite 4k depth 32", _fio("randwrite", "4k", direct=1, depth=32), "IOPS", **_floors(0.9, 0.8, 0.9)
+    ),
 )
 # Of volfs alone: a plain dd must not need to know of O_DIRECT.
 PLAIN, DIRECT, PLAIN_FLOOR = "dd bs=1M", "dd bs=1M iflag=direct", 0.9
@@ -103,18 +110,21 @@ def main() -> int:
     with running_services() as services:
         for driver in options.driver or (["rbd"] if options.quick else ["rbd", "iscsi"]):
             samples = _measure(services, driver, options)
-            rows = [_row(job, samples[job.name]) for job in options.jobs]
+            rows = [_row(job, driver, samples[job.name]) for job in options.jobs]
             result["drivers"][driver] = {"jobs": rows}
             console.print(_table(driver, rows))
-            if driver == "rbd":
-                missed += [f"{row['job']}: {row['ratio']:.2f}" for row in rows if row["met"] is False]
+            missed += [f"{row['job']}: {row['ratio']:.2f}" for row in rows if row["met"] is False]
+            missed += [
+                f"{row['job']}: {row['limit_ratio']:.2f} of {LIMIT}"
+                for row in rows
+                if row["limit_met"] is False
+            ]
             if PLAIN in samples and DIRECT in samples:
+                floor = PLAIN_FLOOR if options.floor is None else options.floor
                 plain = _ratio(samples[PLAIN]["volfs"], samples[DIRECT]["volfs"])
                 result["drivers"][driver]["plain_to_direct"] = round(plain, 3)
-                console.print(
-                    f"volfs: {PLAIN} is {plain:.2f} times as fast as {DIRECT} (floor {PLAIN_FLOOR})\n"
-                )
-                if driver == "rbd" and plain < PLAIN_FLOOR:
+                console.print(f"volfs: {PLAIN} is {plain:.2f} times as fast as {DIRECT} (floor {floor})\n")
+                if driver == "rbd" and plain < floor:
                     missed.append(f"{PLAIN}: {plain:.2f}")
     result["seconds"] = round(time.monotonic() - begin, 1)
     if options.json:
@@ -165,13 +175,18 @@ def _arguments() -> argparse.Namespace:
         elif value <= 0:
             parser.error(f"--{name.replace('_', '-')}: expected a number above 0, not {value}")
     options.jobs = [
-        job if options.floor is None or job.floor is None else replace(job, floor=options.floor)
+        job if options.floor is None else _with_floor(job, options.floor)
         for job in JOBS
         if options.job in job.name and (job.quick or not options.quick)
     ]
     if not options.jobs:
         parser.error(f"--job {options.job}: expected a part of one of: {', '.join(job.name for job in JOBS)}")
     return options
+
+
+def _with_floor(job: Job, floor: float) -> Job:
+    limit_floor = None if job.limit_floor is None else floor
+    return replace(job, floors=dict.fromkeys(job.floors, floor), limit_floor=limit_floor)
 
 
 def _measure(services: Services, driver: str, options: argparse.Namespace) -> Samples:
@@ -267,13 +282,16 @@ def _run_dd(job: Job, path: Path) -> float:
     return path.stat().st_size / 1e6 / (time.monotonic() - begin)
 
 
-def _row(job: Job, samples: Mapping[str, list[float]]) -> dict[str, Any]:
+def _row(job: Job, driver: str, samples: Mapping[str, list[float]]) -> dict[str, Any]:
     ratios = {
         name: _ratio(samples["volfs"], values)
         for name, values in samples.items()
         if name not in ("volfs", LIMIT)
     }
     best = min(ratios, key=lambda name: ratios[name])
+    floor = job.floors.get(driver)
+    limit = _ratio(samples["volfs"], samples[LIMIT]) if LIMIT in samples else None
+    limit_floor = None if limit is None else job.limit_floor
     return {
         "job": job.name,
         "unit": job.unit,
@@ -281,8 +299,11 @@ def _row(job: Job, samples: Mapping[str, list[float]]) -> dict[str, Any]:
         "best_peer": best,
         "ratio": round(ratios[best], 3),
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "floor": job.floor,
-        "met": None if job.floor is None else ratios[best] >= job.floor,
+        "floor": floor,
+        "met": None if floor is None else ratios[best] >= floor,
+        "limit_ratio": None if limit is None else round(limit, 3),
+        "limit_floor": limit_floor,
+        "limit_met": None if limit is None or limit_floor is None else limit >= limit_floor,
         "samples": {name: [round(value, 1) for value in values] for name, values in samples.items()},
     }
 
@@ -298,17 +319,22 @@ def _table(driver: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("job")
     for name in names:
         table.add_column(name, justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("floor", justify="right")
+    for name in ("ratio", "floor", f"of {LIMIT}", "floor"):
+        table.add_column(name, justify="right")
     for row in rows:
         cells = [f"{row['medians'][name]:.0f}" if name in row["medians"] else "" for name in names]
-        floor = (
-            ""
-            if row["floor"] is None or driver != "rbd"
-            else f"{row['floor']} {'met' if row['met'] else 'MISSED'}"
-        )
-        table.add_row(f"{row['job']}, {row['unit']}", *cells, f"{row['ratio']:.2f}", floor)
+        ratios = [
+            _judged(*(row[f"{which}{what}"] for what in ("ratio", "floor", "met")))
+            for which in ("", "limit_")
+        ]
+        table.add_row(f"{row['job']}, {row['unit']}", *cells, *(cell for pair in ratios for cell in pair))
     return table
+
+
+def _judged(ratio: float | None, floor: float | None, met: bool | None) -> tuple[str, str]:
+    if ratio is None:
+        return "", ""
+    return f"{ratio:.2f}", "" if floor is None else f"{floor:g} {'met' if met else 'MISSED'}"
 
 
 def _machine() -> dict[str, Any]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer
 from commands import Run, failed, ran, succeeded
 from mounts import VOLFS, Mount, is_mounted, mounted, require_fuse, run_volfs, wait_until
 from services import MIB, Services
@@ -79,8 +78,8 @@ def test_help_has_an_example_and_the_exit_codes(run: Run, command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_in_the_help_is_a_command_line(command: str) -> None:
-    parser = typer.main.get_command(cli.app).commands[command]  # type: ignore[attr-defined]
-    example = re.match(r"Example: volfs (.*?)\. Exit codes", parser.epilog)
+    parser = cli.app.commands[command]
+    example = re.match(r"Example: volfs (.*?)\. Exit codes", parser.epilog or "")
     assert example, parser.epilog
     name, *arguments = example[1].split()
     assert name == command
@@ -90,7 +89,7 @@ def test_the_example_in_the_help_is_a_command_line(command: str) -> None:
 def test_help_names_every_command(run: Run) -> None:
     done = run("--help")
     assert (done.code, done.err) == (0, "")
-    assert [line.split()[1] for line in done.out.splitlines() if re.match(r"│ [a-z]+ ", line)] == [*COMMANDS]
+    assert re.findall(r"^  ([a-z]+) ", done.out.partition("Commands:")[2], re.MULTILINE) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +97,13 @@ def test_help_names_every_command(run: Run) -> None:
     [
         ([], "Missing command; see volfs --help"),
         (["nosuch"], "No such command 'nosuch'; see volfs --help"),
-        (["mont"], "No such command 'mont'. Did you mean 'mount', 'umount'? see volfs --help"),
-        (["--nosuch"], "No such option: --nosuch; see volfs --help"),
-        (["mount"], "Missing argument 'mountpoint'; see volfs mount --help"),
-        (["copy", "a"], "Missing argument 'target'; see volfs copy --help"),
-        (["copy", "a", "b", "c"], "Got unexpected extra argument(s) (c); see volfs copy --help"),
+        (["mont"], "No such command 'mont'. (Did you mean one of: 'mount', 'umount'?); see volfs --help"),
+        (["--nosuch"], "No such option '--nosuch'; see volfs --help"),
+        (["mount"], "Missing argument 'MOUNTPOINT'; see volfs mount --help"),
+        (["copy", "a"], "Missing argument 'TARGET'; see volfs copy --help"),
+        (["copy", "a", "b", "c"], "Got unexpected extra argument (c); see volfs copy --help"),
         (["verify", "--json=1", "a", "b"], "Option '--json' does not take a value; see volfs --help"),
-        (["status", "extra"], "Got unexpected extra argument(s) (extra); see volfs status --help"),
+        (["status", "extra"], "Got unexpected extra argument (extra); see volfs status --help"),
         (["attach"], "attach: expected either a SOURCE or --connection-info"),
         (
             ["attach", "file:/x", "--connection-info", "y"],

@@ -1,7 +1,9 @@
 """The volfs command: arguments in, exit codes out. What it does is in the modules a Python program would call.
 
+Each command imports them when it runs: `volfs --help`, or the copy of an ordinary file, loads no more than it needs.
+
 Exit codes: 0 done; 1 it failed (or `verify` found a difference); 2 the command line, a source or the configuration
-is wrong. Errors are one line on stderr; a traceback means a bug.
+is wrong; 130 interrupted. Errors are one line on stderr; a traceback means a bug.
 """
 
 from __future__ import annotations
@@ -11,50 +13,50 @@ import math
 import os
 import shlex
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
+import click
 
 from volfs.backends import caller_environment, environment_variables
 from volfs.errors import ConfigError, SourceError, error_text
 
-FAILED, WRONG_USE = 1, 2
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 CODES = "Exit codes: 0 done, 1 failed, 2 wrong usage, source or configuration."
 
-app = typer.Typer(
-    name="volfs",
-    help="Block volumes of Ceph RBD, iSCSI and local storage as regular files.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-Side = Annotated[
-    str, typer.Argument(help="A source, a path on a volfs mount, a block device or an ordinary file")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
-Socket = Annotated[str | None, typer.Option("--socket", metavar="PATH", help="Control socket of the daemon")]
-Conf = Annotated[str | None, typer.Option("--conf", metavar="PATH", help="Ceph configuration, as CEPH_CONF")]
-Id = Annotated[
-    str | None, typer.Option("--id", metavar="USER", help="Ceph user, as in CEPH_ARGS='--id USER'")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
-
-
-def _seconds(value: float | None) -> float | None:
+def _seconds(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 <= value < math.inf:
-        raise typer.BadParameter(f"expected a number of seconds, not {value:g}")
+        raise click.BadParameter(f"expected a number of seconds, not {value:g}", context, option)
     return value
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress")
+socket_option = click.option("--socket", metavar="PATH", help="Control socket of the daemon")
+conf_option = click.option("--conf", metavar="PATH", help="Ceph configuration, as CEPH_CONF")
+user_option = click.option("--id", "user", metavar="USER", help="Ceph user, as in CEPH_ARGS='--id USER'")
+
+
+@click.group(no_args_is_help=False)
+def app() -> None:
+    """Block volumes of Ceph RBD, iSCSI and local storage as regular files."""
 
 
 def main() -> None:
     """Entry point of the volfs command."""
     try:
-        code = app(prog_name="volfs", standalone_mode=False)
+        # Click's own main() adds a line to stderr when it is interrupted.
+        with app.make_context("volfs", sys.argv[1:]) as context:
+            app.invoke(context)
         sys.stdout.flush()  # here, where an error of it still has an exit code of ours
-        sys.exit(code)
-    except typer.TyperException as exc:
-        context = getattr(exc, "ctx", None)
-        command = context.command_path if context else "volfs"
+        sys.exit(0)
+    except click.exceptions.Exit as exc:  # after the help
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except click.ClickException as exc:
+        wrong = exc.ctx if isinstance(exc, click.UsageError) else None
+        command = wrong.command_path if wrong else "volfs"
         text = exc.format_message().rstrip(".")
         _fail(f"{text}{'' if text.endswith('?') else ';'} see {command} --help", WRONG_USE)
     except (SourceError, ConfigError) as exc:
@@ -67,53 +69,62 @@ def main() -> None:
 
 
 @app.command(epilog=f"Example: volfs mount /mnt rbd:volumes --daemon. {CODES}")
+@click.argument("mountpoint")
+@click.argument("prefixes", metavar="[SOURCE-PREFIX]...", nargs=-1)
+@click.option("--config", "-c", metavar="FILE", envvar="VOLFS_CONFIG", show_envvar=True, help="volfs.toml")
+@click.option(
+    "options", "-o", metavar="OPTIONS", default="", help="allow_other, ro, uid=, gid=, mode=, read_ahead="
+)
+@click.option("--daemon", is_flag=True, help="Return when I/O works, and serve on")
+@socket_option
+@click.option(
+    "--exit-idle",
+    type=float,
+    metavar="SECONDS",
+    callback=_seconds,
+    help="End when nothing was attached or open for so long",
+)
+@conf_option
+@user_option
+@click.option("--verbose", "-v", is_flag=True, help="Log each failed request")
+@click.option("--ready-fd", type=int, hidden=True)
+@click.option("--first-request", is_flag=True, hidden=True)
 def mount(
-    mountpoint: Annotated[str, typer.Argument(help="An empty directory")],
-    prefixes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="SOURCE-PREFIX", help="rbd:[POOL], iscsi://PORTAL, block:/DIR, file:/DIR"),
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", metavar="FILE", envvar="VOLFS_CONFIG", help="volfs.toml")
-    ] = None,
-    options: Annotated[
-        str, typer.Option("-o", metavar="OPTIONS", help="allow_other, ro, uid=, gid=, mode=, read_ahead=")
-    ] = "",
-    daemon: Annotated[bool, typer.Option("--daemon", help="Return when I/O works, and serve on")] = False,
-    socket: Socket = None,
-    exit_idle: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            callback=_seconds,
-            help="End when nothing was attached or open for so long",
-        ),
-    ] = None,
-    conf: Conf = None,
-    id: Id = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each failed request")] = False,
-    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
-    first_request: Annotated[bool, typer.Option(hidden=True)] = False,
+    mountpoint: str,
+    prefixes: tuple[str, ...],
+    config: str | None,
+    options: str,
+    daemon: bool,
+    socket: str | None,
+    exit_idle: float | None,
+    conf: str | None,
+    user: str | None,
+    verbose: bool,
+    ready_fd: int | None,
+    first_request: bool,
 ) -> None:
-    """Show volumes as files below MOUNTPOINT, until unmounted."""
+    """Show volumes as files below MOUNTPOINT, until unmounted.
+
+    MOUNTPOINT: an empty directory. SOURCE-PREFIX: rbd:[POOL], iscsi://PORTAL, block:/DIR, file:/DIR.
+    """
     from volfs import config as configuration
     from volfs import control, mounting
 
     if first_request and (refused := mounting.refuse_request(sys.stdin.buffer.readline())):
         sys.stdout.buffer.write(control.encode(refused))
         sys.exit(WRONG_USE)
-    _ceph_environment(conf, id)
+    _ceph_environment(conf, user)
     settings = configuration.Config()
     if config is not None:
         settings = configuration.load(config)
         for warning in configuration.exposed_secrets(config, settings):
             print(f"volfs: warning: {warning}", file=sys.stderr)
-    settings = configuration.add_prefixes(settings, prefixes or [], os.environ)
+    settings = configuration.add_prefixes(settings, prefixes, os.environ)
     settings = configuration.add_options(settings, options)
     what = ", ".join([*settings.backends, "attached"])
     line = f"{mountpoint}: ready ({what})"
     if daemon:
-        arguments = [os.path.abspath(mountpoint), *(prefixes or []), *(["-o", options] if options else [])]
+        arguments = [os.path.abspath(mountpoint), *prefixes, *(["-o", options] if options else [])]
         arguments += ["--config", os.path.abspath(config)] if config is not None else []
         arguments += ["--exit-idle", str(exit_idle)] if exit_idle is not None else []
         mounting.serve_in_background([*arguments, *(["-v"] if verbose else [])], socket)
@@ -131,10 +142,9 @@ def mount(
 
 
 @app.command(epilog=f"Example: volfs umount /mnt. {CODES}")
-def umount(
-    mountpoint: str,
-    force: Annotated[bool, typer.Option("--force", help="Even while files are open")] = False,
-) -> None:
+@click.argument("mountpoint")
+@click.option("--force", is_flag=True, help="Even while files are open")
+def umount(mountpoint: str, force: bool) -> None:
     """Unmount, and return when everything has reached the backends."""
     from volfs import api
 
@@ -142,27 +152,31 @@ def umount(
 
 
 @app.command(epilog=f"Example: volfs attach rbd:volumes/disk-1. {CODES}")
+@click.argument("source", required=False)
+@click.option("--connection-info", metavar="FILE", help="A Cinder connection info as JSON, - for stdin")
+@click.option("--name", help="File name; by default the volume's own")
+@click.option("--hold", is_flag=True, help="Stay, and detach when this process ends")
+@json_option
+@socket_option
+@conf_option
+@user_option
 def attach(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="SOURCE", help="rbd:POOL/IMAGE, iscsi://PORTAL/IQN/LUN, block:/DEV, file:/PATH"
-        ),
-    ] = None,
-    connection_info: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A Cinder connection info as JSON, - for stdin")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="File name; by default the volume's own")] = None,
-    hold: Annotated[bool, typer.Option("--hold", help="Stay, and detach when this process ends")] = False,
-    as_json: Json = False,
-    socket: Socket = None,
-    conf: Conf = None,
-    id: Id = None,
+    source: str | None,
+    connection_info: str | None,
+    name: str | None,
+    hold: bool,
+    as_json: bool,
+    socket: str | None,
+    conf: str | None,
+    user: str | None,
 ) -> None:
-    """Attach a volume, print its path, and hold it until `volfs detach`. Starts a daemon when there is none."""
+    """Attach a volume, print its path, and hold it until `volfs detach`. Starts a daemon when there is none.
+
+    SOURCE: rbd:POOL/IMAGE, iscsi://PORTAL/IQN/LUN, block:/DEV, file:/PATH.
+    """
     from volfs import api
 
-    _ceph_environment(conf, id)
+    _ceph_environment(conf, user)
     if (source is None) == (connection_info is None):
         raise SourceError("attach: expected either a SOURCE or --connection-info")
     what: Any = source if connection_info is None else _read_json(connection_info)
@@ -175,52 +189,58 @@ def attach(
 
 
 @app.command(epilog=f"Example: volfs detach disk-1. {CODES}")
-def detach(
-    name: Annotated[str, typer.Argument(help="Attached name, path or source")],
-    wait: Annotated[
-        float, typer.Option(metavar="SECONDS", callback=_seconds, help="For open files to be closed")
-    ] = 5.0,
-    socket: Socket = None,
-) -> None:
-    """Detach a volume, and return when its backend has let go of it."""
+@click.argument("name")
+@click.option(
+    "--wait",
+    type=float,
+    metavar="SECONDS",
+    callback=_seconds,
+    default=5.0,
+    show_default=True,
+    help="For open files to be closed",
+)
+@socket_option
+def detach(name: str, wait: float, socket: str | None) -> None:
+    """Detach a volume, and return when its backend has let go of it.
+
+    NAME: what it is attached as, its path or its URL.
+    """
     from volfs import api
 
     api.detach(name, wait=wait, socket_path=socket)
 
 
 @app.command(epilog=f"Example: volfs ls rbd:volumes. {CODES}")
-def ls(
-    what: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="SOURCE-PREFIX|PATH",
-            help="rbd:[POOL], iscsi://PORTAL, /DIR, ...; by default the mountpoint",
-        ),
-    ] = None,
-    as_json: Json = False,
-    socket: Socket = None,
-    conf: Conf = None,
-    id: Id = None,
-) -> None:
-    """List volumes, without opening them."""
+@click.argument("what", metavar="[SOURCE-PREFIX|PATH]", required=False)
+@json_option
+@socket_option
+@conf_option
+@user_option
+def ls(what: str | None, as_json: bool, socket: str | None, conf: str | None, user: str | None) -> None:
+    """List volumes, without opening them.
+
+    SOURCE-PREFIX: rbd:[POOL], iscsi://PORTAL, block:/DIR, file:/DIR. PATH: on a mount, by default the mountpoint.
+    """
     from volfs import api, report
 
-    _ceph_environment(conf, id)
+    _ceph_environment(conf, user)
     rows = report.listing(what or api.status(socket_path=socket).mountpoint, os.environ)
     print(json.dumps(rows) if as_json else report.table(rows))
 
 
 @app.command(epilog=f"Example: volfs info rbd:volumes/disk-1. {CODES}")
-def info(
-    what: Annotated[str, typer.Argument(metavar="SOURCE|PATH", help="A source, or a path on a volfs mount")],
-    as_json: Json = False,
-    conf: Conf = None,
-    id: Id = None,
-) -> None:
-    """Tell what is known of a volume."""
+@click.argument("what", metavar="SOURCE|PATH")
+@json_option
+@conf_option
+@user_option
+def info(what: str, as_json: bool, conf: str | None, user: str | None) -> None:
+    """Tell what is known of a volume.
+
+    SOURCE: its URL. PATH: on a volfs mount.
+    """
     from volfs import report
 
-    _ceph_environment(conf, id)
+    _ceph_environment(conf, user)
     facts = report.facts(what, os.environ)
     print(json.dumps(facts) if as_json else report.lines(facts))
 
@@ -228,19 +248,23 @@ def info(
 @app.command(
     epilog=f"Example: volfs copy rbd:volumes/disk-1 iscsi://san/iqn.2026-01.org.example:disk/1. {CODES}"
 )
+@click.argument("source")
+@click.argument("target")
+@click.option("--verify", is_flag=True, help="Read both again and compare")
+@quiet_option
+@json_option
+@conf_option
+@user_option
 def copy(
-    source: Side,
-    target: Side,
-    verify: Annotated[bool, typer.Option("--verify", help="Read both again and compare")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    conf: Conf = None,
-    id: Id = None,
+    source: str, target: str, verify: bool, quiet: bool, as_json: bool, conf: str | None, user: str | None
 ) -> None:
-    """Copy a volume's content. The target must be large enough; it is not created, unless it is an ordinary file."""
+    """Copy a volume's content. The target must be large enough; it is not created, unless it is an ordinary file.
+
+    SOURCE and TARGET: a volume's URL, a path on a volfs mount, a block device or an ordinary file.
+    """
     from volfs import endpoint, progress
 
-    _ceph_environment(conf, id)
+    _ceph_environment(conf, user)
     with progress.show("copy", quiet=quiet) as shown:
         done: list[endpoint.Summary] = [endpoint.copy(source, target, progress=shown)]
     if verify:
@@ -254,25 +278,29 @@ def copy(
     epilog="Example: volfs verify rbd:volumes/disk-1 disk-1.raw. "
     "Exit codes: 0 same, 1 different or failed, 2 wrong usage or source."
 )
-def verify(
-    source: Side,
-    target: Side,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    conf: Conf = None,
-    id: Id = None,
-) -> None:
-    """Compare a volume with its copy, which may be larger."""
+@click.argument("source")
+@click.argument("target")
+@quiet_option
+@json_option
+@conf_option
+@user_option
+def verify(source: str, target: str, quiet: bool, as_json: bool, conf: str | None, user: str | None) -> None:
+    """Compare a volume with its copy, which may be larger.
+
+    SOURCE and TARGET: a volume's URL, a path on a volfs mount, a block device or an ordinary file.
+    """
     from volfs import endpoint, progress
 
-    _ceph_environment(conf, id)
+    _ceph_environment(conf, user)
     with progress.show("verify", quiet=quiet) as shown:
         summary = endpoint.verify(source, target, progress=shown)
     print(json.dumps(summary.as_dict()) if as_json else summary)
 
 
 @app.command(epilog=f"Example: volfs status --json. {CODES}")
-def status(as_json: Json = False, socket: Socket = None) -> None:
+@json_option
+@socket_option
+def status(as_json: bool, socket: str | None) -> None:
     """Tell what the daemon serves."""
     import msgspec
 
@@ -282,15 +310,15 @@ def status(as_json: Json = False, socket: Socket = None) -> None:
     print(msgspec.json.encode(reply).decode() if as_json else report.status(reply))
 
 
-def _ceph_environment(conf: str | None, id: str | None) -> None:
+def _ceph_environment(conf: str | None, user: str | None) -> None:
     """--conf and --id are what CEPH_CONF and CEPH_ARGS say, for this process and those it starts.
 
     These may work elsewhere, so the paths in there become absolute; what is set to nothing is not set.
     """
     if conf:
         os.environ["CEPH_CONF"] = conf
-    if id:
-        os.environ["CEPH_ARGS"] = f"{os.environ.get('CEPH_ARGS', '')} --id {shlex.quote(id)}".strip()
+    if user:
+        os.environ["CEPH_ARGS"] = f"{os.environ.get('CEPH_ARGS', '')} --id {shlex.quote(user)}".strip()
     given = caller_environment(os.environ)
     for name in environment_variables():
         os.environ.pop(name, None)

@@ -248,6 +248,12 @@ class Backend(trio.abc.AsyncResource):
     def serves(self, source: Source) -> bool:
         """Whether the source's volume is reached through this very backend, judged without connecting."""
 
+    def settings_like(self, source: Source) -> Settings | None:
+        """Of a backend for a source that this one does not serve though its storage has it, for it asks for another
+        account: with all else that the operator has told here. None where that is not so; SourceError.
+        """
+        return None
+
     @abc.abstractmethod
     async def list(self, path: Sequence[str]) -> list[Entry]:
         """The entries of the directory `path` below the backend (() is its top), in any order.

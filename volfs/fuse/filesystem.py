@@ -202,8 +202,8 @@ class Filesystem(Refusals):
         with _errors("write"):
             return await self._files[fh].write(off, buf, synchronous)
 
-    def start_read(self, fh: int, off: int, size: int, sink: object) -> bool:
-        """Begin a read without a task; False when it takes `read` to do it, or to say why not."""
+    def start_read(self, fh: int, off: int, size: int, sink: object) -> bool | bytes:
+        """Begin a read without a task, or answer it; False when it takes `read` to do it, or to say why not."""
         try:
             return self._files[fh].start_read(off, size, sink)
         except OSError as exc:

@@ -3,7 +3,7 @@
  * Python decides in both cases. A request that needs a task comes to it as an object with a method for each kind of
  * answer. Reads and writes are offered first to functions that must decide at once: a write is taken from where the kernel
  * has put it, without another copy, and a read whose bytes come by a library's own thread (sink.h) is answered from there,
- * without the GIL.
+ * without the GIL. The answer to a read may also be there at once.
  */
 #include "fuse_request.h"
 #include "sink.h"
@@ -154,7 +154,7 @@ struct reader {
     off_t offset;
 };
 
-static void read_done(struct sink *sink, const char *data, ssize_t status)
+static int read_done(struct sink *sink, char *data, ssize_t status)
 {
     struct reader *reader = (struct reader *)((char *)sink - offsetof(struct reader, sink));
 
@@ -164,6 +164,7 @@ static void read_done(struct sink *sink, const char *data, ssize_t status)
         request_start(reader->req, "read_failed", "(KLni)", (unsigned long long)reader->handle,
                       (long long)reader->offset, (Py_ssize_t)reader->size, (int)-status);
     free(reader);
+    return 0;
 }
 
 /* Call a method that takes an unsigned handle, an offset and one more. Its result, or NULL after telling of an exception. */
@@ -200,12 +201,17 @@ int request_read(fuse_req_t req, uint64_t handle, size_t size, off_t offset)
     if (name && capsule && length)
         result = ask(name, handle, offset, length, capsule);
     taken = result == Py_True; /* then it is another's, who may have answered and freed it by now */
+    if (result && PyBytes_Check(result)) {
+        Py_BEGIN_ALLOW_THREADS
+        read_done(&reader->sink, PyBytes_AS_STRING(result), PyBytes_GET_SIZE(result));
+        Py_END_ALLOW_THREADS
+        taken = 1;
+    } else if (!taken)
+        free(reader);
     Py_XDECREF(result);
     Py_XDECREF(length);
     Py_XDECREF(capsule);
     PyGILState_Release(gil);
-    if (!taken)
-        free(reader);
     return taken;
 }
 

@@ -20,6 +20,7 @@
  */
 #define _GNU_SOURCE
 #include "fuse_request.h"
+#include "held_read.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -233,7 +234,12 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit_fuse_session(void)
 {
+    PyObject *module;
+
     if (PyType_Ready(&request_type) < 0)
         return NULL;
-    return PyModule_Create(&definition);
+    module = PyModule_Create(&definition);
+    if (module && PyModule_AddType(module, &held_read_type) < 0)
+        Py_CLEAR(module);
+    return module;
 }

@@ -41,7 +41,7 @@ struct op {
     size_t length;
     struct timespec since;
     struct sink *sink; /* of a read, until it is answered */
-    char data[];       /* of a read */
+    char *data;        /* of a read, until the sink keeps it */
 };
 
 /* What the image's object and the requests under way share; gone with the last of them. */
@@ -122,6 +122,7 @@ static void finish(struct op *op, int wake)
 
     if (wake)
         call_wake(state);
+    free(op->data);
     free(op);
     leave(state);
 }
@@ -159,8 +160,8 @@ static void have_read(rbd_completion_t completion, void *arg)
     pthread_mutex_unlock(&state->lock);
     if (status >= 0 && (size_t)status != op->length)
         status = -EIO; /* shrunk; less than was asked for would look like the end */
-    if (sink)
-        sink->done(sink, op->data, status);
+    if (sink && sink->done(sink, op->data, status))
+        op->data = NULL;
     pthread_mutex_lock(&state->lock);
     state->read_count--; /* only now may the session go that the sink answers to */
     wake = take_wake(state);
@@ -170,12 +171,16 @@ static void have_read(rbd_completion_t completion, void *arg)
 
 static struct op *new_op(Image *self, uint64_t offset, size_t length, size_t room)
 {
-    struct op *op = malloc(sizeof *op + room);
+    struct op *op = malloc(sizeof *op);
+    char *data = room ? malloc(room) : NULL;
 
-    if (op == NULL) {
+    if (op == NULL || (room && data == NULL)) {
+        free(op);
+        free(data);
         PyErr_NoMemory();
         return NULL;
     }
+    op->data = data;
     op->state = self->state;
     op->offset = offset;
     op->length = length;

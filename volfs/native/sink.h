@@ -2,7 +2,7 @@
  *
  * A sink travels through Python as a capsule of this name. Who has it owes one call of `done`, from any thread, with or
  * without the GIL, after which it is gone: with `status` bytes at `data` (the reader's own, unchanged until `done` returns),
- * or a negative errno.
+ * or a negative errno. It returns whether it keeps the data, which it then frees (malloc's) when it is done with it.
  */
 #ifndef VOLFS_SINK_H
 #define VOLFS_SINK_H
@@ -12,7 +12,7 @@
 #define SINK "volfs.sink"
 
 struct sink {
-    void (*done)(struct sink *sink, const char *data, ssize_t status);
+    int (*done)(struct sink *sink, char *data, ssize_t status);
 };
 
 #endif
