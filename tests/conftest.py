@@ -10,6 +10,7 @@ from typing import Any
 
 import guest
 import pytest
+from cinder_daemon import socket  # noqa: F401
 from commands import run  # noqa: F401
 from disks import disk, make_disk, own_disk, shared_disk  # noqa: F401
 from guest_volumes import guest_storage  # noqa: F401

@@ -8,6 +8,7 @@ log: `mark` before, `since` after.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import os
@@ -15,7 +16,7 @@ import random
 import subprocess
 import time
 import urllib.error
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,14 @@ class Openstack:
 
     # ---- the API
 
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """What Cinder answers; path is that below /v3."""
+    def call(self, method: str, path: str, body: Any = None, service: str = "cinder") -> Any:
+        """What Cinder answers, or Glance; path is that below /v3 of Cinder."""
         for attempt in (1, 2):
             if self._api is None:
                 self._api = script.Api(script.read_state(script.Place(self.var)))
                 self._api.log_in()
             try:
-                return self._api.request(method, self._api.cinder + path, body)[0]
+                return self._api.request(method, getattr(self._api, service) + path, body)[0]
             except urllib.error.HTTPError as error:
                 with error:
                     if error.code == 401 and attempt == 1:
@@ -146,12 +147,21 @@ class Openstack:
         found = self.call("GET", "/os-services?binary=cinder-volume")["services"]
         return {service["host"].partition("@")[2]: service["state"] for service in found}
 
+    def late_backends(self, since: datetime.datetime) -> list[str]:
+        """Those that have not told the scheduler since then (UTC) that they are up."""
+        self.call("GET", "/types")  # which logs in again when it has to
+        return list(self._api.late_backends(since))
+
     def create_volume(self, kind: str, size_gib: int = 1, **more: Any) -> str:
         """The id of a new volume of this type, once it is available."""
-        body = {"size": size_gib, "volume_type": kind, **more}
-        volume = str(self.call("POST", "/volumes", {"volume": body})["volume"]["id"])
+        volume = self.start_volume(kind, size_gib, **more)
         self.wait_status(volume, "available")
         return volume
+
+    def start_volume(self, kind: str, size_gib: int = 1, **more: Any) -> str:
+        """Ask for it; the id. See wait_status."""
+        body = {"size": size_gib, "volume_type": kind, **more}
+        return str(self.call("POST", "/volumes", {"volume": body})["volume"]["id"])
 
     def delete(self, volume: str, seconds: float = 60) -> None:
         """Return when it is gone."""
@@ -184,6 +194,73 @@ class Openstack:
     def extend(self, volume: str, size_gib: int) -> None:
         self.call("POST", f"/volumes/{volume}/action", {"os-extend": {"new_size": size_gib}})
         self.wait_status(volume, "available")
+
+    def upload(self, volume: str, disk_format: str = "raw") -> str:
+        """Ask for an image of it; the image's id. See wait_status."""
+        body = {"image_name": "from a volume", "disk_format": disk_format, "container_format": "bare"}
+        answer = self.call("POST", f"/volumes/{volume}/action", {"os-volume_upload_image": body})
+        return str(answer["os-volume_upload_image"]["image_id"])
+
+    def make_image(self, content: bytes) -> str:
+        """The id of an image in Glance."""
+        body = {"name": "of a test", "disk_format": "raw", "container_format": "bare"}
+        image = str(self.call("POST", "/v2/images", body, service="glance")["id"])
+        self.call("PUT", f"/v2/images/{image}/file", content, service="glance")
+        return image
+
+    def image_status(self, image: str) -> str:
+        """ "" when there is no such image."""
+        try:
+            return str(self.call("GET", f"/v2/images/{image}", service="glance")["status"])
+        except CinderError as error:
+            if ": 404 " in str(error):
+                return ""
+            raise
+
+    def image_path(self, image: str) -> Path:
+        """Where Glance keeps its bytes."""
+        return Path(self.environment["VOLFS_GLANCE_IMAGES"]) / image
+
+    def delete_images(self) -> None:
+        for image in self.call("GET", "/v2/images", service="glance")["images"]:
+            self.call("DELETE", f"/v2/images/{image['id']}", service="glance")
+
+    def start_backup(self, volume: str, *, incremental: bool = False) -> str:
+        """Ask for it; the backup's id. See wait_backup."""
+        body = {"volume_id": volume, "incremental": incremental}
+        return str(self.call("POST", "/backups", {"backup": body})["backup"]["id"])
+
+    def back_up(self, volume: str, *, incremental: bool = False) -> str:
+        """The id of a backup, once it is available."""
+        backup = self.start_backup(volume, incremental=incremental)
+        self.wait_backup(backup, "available")
+        return backup
+
+    def restore(self, backup: str, volume: str) -> None:
+        """Return when the volume has what was backed up."""
+        self.call("POST", f"/backups/{backup}/restore", {"restore": {"volume_id": volume}})
+        self.wait_backup(backup, "available")
+        self.wait_status(volume, "available")
+
+    def wait_backup(self, backup: str, status: str, seconds: float = 120) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while (shown := self.call("GET", f"/backups/{backup}")["backup"])["status"] != status:
+            if shown["status"] == "error" or time.monotonic() > deadline:
+                raise CinderError(
+                    f"backup {backup} is {shown['status']} and not {status}: {shown['fail_reason']}"
+                )
+            time.sleep(0.2)
+        return dict(shown)
+
+    def delete_backups(self, seconds: float = 60) -> None:
+        """All of them, the newest first: others may be based on an older one."""
+        deadline = time.monotonic() + seconds
+        while left := self.call("GET", "/backups/detail?sort=created_at:desc")["backups"]:
+            if time.monotonic() > deadline:
+                raise CinderError(f"backups are not deleted: {left}")
+            if left[0]["status"] in ("available", "error"):
+                self.call("DELETE", f"/backups/{left[0]['id']}")
+            time.sleep(0.2)
 
     def wait_status(self, volume: str, status: str, seconds: float = 60) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
@@ -254,21 +331,22 @@ class Openstack:
             file.seek(mark)
             return file.read().decode(errors="replace")
 
-    def up(self, *settings: str) -> None:
-        """With these [GROUP.]OPTION=VALUE in cinder.conf, and no others."""
-        done = openstack_command("up", *(("--set", *settings) if settings else ()), var=self.var)
+    def up(self, *settings: str, extras: Sequence[str] = ()) -> None:
+        """With these [GROUP.]OPTION=VALUE in cinder.conf, and no others; so with Glance ("images") and "backup"."""
+        options = [*(("--set", *settings) if settings else ()), *(("--with", *extras) if extras else ())]
+        done = openstack_command("up", *options, var=self.var)
         if done.returncode:
             raise CinderError(done.stderr.strip())
 
     @contextlib.contextmanager
-    def configured(self, *settings: str) -> Iterator[None]:
+    def configured(self, *settings: str, extras: Sequence[str] = ()) -> Iterator[None]:
         """For as long as it lasts; cinder-volume restarts before and after."""
-        before = script.read_state(script.Place(self.var))["settings"]
-        self.up(*settings)
+        before = script.read_state(script.Place(self.var))
+        self.up(*settings, extras=extras)
         try:
             yield
         finally:
-            self.up(*before)
+            self.up(*before["settings"], extras=before["extras"])
 
     def restart(self) -> None:
         """cinder-volume, also when it was killed."""
@@ -317,11 +395,12 @@ def openstack(services: Services) -> Iterator[Openstack]:
 
 @pytest.fixture
 def new_volume(openstack: Openstack) -> Iterator[Any]:
-    """new_volume(type, size_gib=): its id. Goes away after the test, wherever it is then."""
+    """new_volume(type, size_gib=, and what else the API takes): its id. Goes away after the test, wherever it is."""
     made: list[str] = []
 
-    def make(kind: str, size_gib: int = 1) -> str:
-        made.append(openstack.create_volume(kind, size_gib))
+    def make(kind: str, size_gib: int = 1, **more: Any) -> str:
+        made.append(openstack.start_volume(kind, size_gib, **more))
+        openstack.wait_status(made[-1], "available")
         return made[-1]
 
     yield make

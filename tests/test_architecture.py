@@ -21,7 +21,7 @@ PACKAGE = Path(volfs.__file__).parent
 LAYERS = """
     volfs.__main__
     volfs.cli volfs.cinder.manager volfs.cinder.backup volfs.cinder.driver
-    volfs.cinder.tempest_plugin.tests.test_migration
+    volfs.cinder.images volfs.cinder.tempest_plugin.tests.test_migration
     volfs.cinder.attaching volfs.cinder.copying volfs.cinder.tempest_plugin.plugin volfs.cinder.tempest_plugin.tests
     volfs.cinder.connector volfs.cinder.options volfs.cinder.tempest_plugin.storage
     volfs.cinder.tempest_plugin
@@ -70,7 +70,7 @@ DRIVERS = {
 }
 
 # What a program that only wants a file must not have to load.
-HEAVY = {"trio", "asyncio", "pyfuse3", "rbd", "rados", "rich", "typer", "os_brick", "cinder"}
+HEAVY = {"trio", "asyncio", "pyfuse3", "rbd", "rados", "rich", "click", "os_brick", "cinder"}
 
 DRIVER_OF = {
     f"volfs.backends.{module}": driver for driver, modules in DRIVERS.items() for module in modules.split()
@@ -143,7 +143,7 @@ def test_there_are_no_import_cycles() -> None:
         ("pyfuse3", "volfs.fuse."),
         ("rbd", "volfs.backends.rbd"),
         ("rados", "volfs.backends.rbd"),
-        ("typer", "volfs.cli"),
+        ("click", "volfs.cli"),
         ("tomllib", "volfs.config"),
         ("os_brick", ("volfs.backends.brick_library", "volfs.backends.brick_commands", "volfs.cinder.")),
         ("oslo_utils", ("volfs.backends.brick_library", "volfs.backends.brick_commands")),
@@ -172,13 +172,28 @@ def test_every_module_says_what_belongs_in_it() -> None:
     assert [name for name in modules() if not ast.get_docstring(tree(name))] == []
 
 
-@pytest.mark.parametrize("statement", ["import volfs", "from volfs import *"])
-def test_importing_volfs_loads_no_event_loop_and_no_storage_library(statement: str) -> None:
-    script = f"import sys; {statement}; print(*sys.modules)"
+def loaded_by(script: str) -> set[str]:
+    """The modules that a Python program has loaded when it ends."""
+    script = f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {script}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    loaded = {module.partition(".")[0] for module in done.stdout.split()}
-    assert loaded & HEAVY == set()
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("statement", ["import volfs", "from volfs import *"])
+def test_importing_volfs_loads_no_event_loop_and_no_storage_library(statement: str) -> None:
+    assert {module.partition(".")[0] for module in loaded_by(statement)} & HEAVY == set()
+
+
+def test_the_help_of_the_command_waits_for_nothing_that_it_does_not_need() -> None:
+    loaded = loaded_by("from volfs import cli; sys.argv = ['volfs', 'copy', '--help']; cli.main()")
+    assert {module for module in loaded if module.startswith("volfs.")} == {
+        "volfs.backends",
+        "volfs.cli",
+        "volfs.errors",
+        "volfs.version",
+    }
+    assert loaded & {*HEAVY, "msgspec"} == {"click"}
 
 
 def test_the_public_names_are_these() -> None:

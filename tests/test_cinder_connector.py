@@ -193,6 +193,23 @@ def test_what_another_process_connected_is_disconnected_by_its_path(
         assert made.get_volume_paths(data) == []
 
 
+def test_an_encryptor_has_a_link_of_a_short_name(
+    volume: StoredVolume, made: connector.VolfsConnector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However long the path is: with "crypt-" before it, it is to be one of the device mapper's."""
+    monkeypatch.setattr(utils, "CUSTOM_LINK_PREFIX", f"{tmp_path}/os-brick")
+    data = cinder_data(volume) | {"encrypted": True}
+    device = made.connect_volume(data)
+    link = Path(device["path"])
+    assert len(link.name) < 60
+    assert [str(link.readlink())] == made.get_volume_paths(data)
+    link.unlink()
+    link.symlink_to("/dev/mapper/crypt")  # the encryptor's work
+    made.disconnect_volume(data | {"device_path": str(link)}, device)
+    assert list(tmp_path.glob("os-brick*")) == []
+    assert made.get_volume_paths(data) == []
+
+
 def test_a_link_that_cannot_be_made_for_an_encryptor_leaves_nothing_connected(
     volume: StoredVolume, made: connector.VolfsConnector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from volfs import VolumeNotFound, api
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what Cinder's libraries will not have in future versions
-    from cinder import context, objects
+    from cinder import context, exception, objects
 
     objects.register_all()
     from cinder import privsep
@@ -35,7 +35,7 @@ with warnings.catch_warnings():
 
     from volfs.cinder import options
     from volfs.cinder.driver import OpenVolume
-    from volfs.cinder.manager import is_blank
+    from volfs.cinder.manager import bytes_to_copy, is_blank
 
 GIB = 1 << 30
 CONTEXT = context.get_admin_context()
@@ -171,3 +171,29 @@ def test_only_what_was_opened_is_closed(rbd_driver: Driver, create: Create, tmp_
 def test_a_volume_that_may_hold_something_is_not_taken_for_blank(what: dict[str, Any]) -> None:
     """Before its backend is asked: what dd would leave out there is what it holds."""
     assert not is_blank(CONTEXT, objects.Volume(CONTEXT, id=str(uuid.uuid4()), **what))
+
+
+@pytest.mark.parametrize("protocol", ["rbd", "iscsi"])
+@pytest.mark.parametrize("decrypt", [False, True])
+@pytest.mark.parametrize("key", [None, "key"])
+def test_all_of_an_encrypted_image_is_copied_with_its_header(
+    tmp_path: Path, protocol: str, decrypt: bool, key: str | None
+) -> None:
+    """Whether a path or a handle of os-brick's leads to it."""
+    path = tmp_path / "image"
+    path.touch()
+    os.truncate(path, GIB + MIB)
+    volume = {"size": 1, "encryption_key_id": key}
+    with path.open("rb") as handle:
+        for where in (str(path), handle):
+            attached = {"conn": {"driver_volume_type": protocol}, "device": {"path": where}}
+            with_header = protocol == "rbd" and key is not None and not decrypt
+            assert bytes_to_copy(volume, attached, decrypt=decrypt) == GIB + with_header * MIB
+            assert handle.tell() == 0
+
+
+def test_an_encrypted_image_of_unknown_size_is_not_copied(tmp_path: Path) -> None:
+    path = f"{tmp_path}/hidden"
+    attached = {"conn": {"driver_volume_type": "rbd"}, "device": {"path": path}}
+    with pytest.raises(exception.VolumeBackendAPIException, match=path):
+        bytes_to_copy({"size": 1, "encryption_key_id": "key"}, attached, decrypt=False)

@@ -6,22 +6,27 @@ sessions and watchers.
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
+import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
+import pools
 import pytest
 import tempest_runs
+from cinder_daemon import assert_nothing_attached, fill_everywhere, sessions, settings, stop_daemon
 from mounts import wait_until
-from openstack import GIB, CinderError, Openstack, fill
+from openstack import GIB, CinderError, Openstack, StoredFile, StoredImage, fill
 from services import MIB
 
 from volfs import api
-from volfs.control import StatusReply
-from volfs.errors import ControlError
 
 pytestmark = pytest.mark.slow
 
@@ -29,15 +34,6 @@ BACKENDS = ("ceph", "ceph2", "san", "local")
 ANY_TYPE = "__DEFAULT__"  # one that names no backend, so that volumes of it migrate anywhere
 SECONDS = 60
 SPARSE = GIB // 8
-
-
-@pytest.fixture(scope="module")
-def socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of the daemon that cinder-volume starts when it needs one."""
-    path = tmp_path_factory.mktemp("d") / "control"
-    path.parent.chmod(0o700)
-    yield str(path)
-    stop_daemon(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -52,37 +48,6 @@ def cinder(through_volfs: Openstack, socket: str) -> Iterator[Openstack]:
     yield through_volfs
     assert_nothing_attached(socket)
     assert sessions(through_volfs) == []
-
-
-def settings(socket: str, *more: str) -> list[str]:
-    manager = "volume_manager=volfs.cinder.manager.VolumeManager"
-    return [manager, f"volfs.socket={socket}", "volfs.detach_timeout=20", *more]
-
-
-def stop_daemon(socket: str) -> None:
-    if status := status_of(socket):
-        api.unmount(status.mountpoint)
-
-
-def assert_nothing_attached(socket: str) -> None:
-    if status := status_of(socket):
-        assert (status.attached, status.open) == ([], [])
-
-
-def status_of(socket: str) -> StatusReply | None:
-    """None when the daemon was killed, or has ended as nobody used it."""
-    try:
-        return api.status(socket_path=socket)
-    except ControlError as exc:
-        if exc.errno != errno.ECONNREFUSED:
-            raise
-        return None
-
-
-def sessions(cinder: Openstack) -> list[str]:
-    """Of the volumes' targets; there are none without an export."""
-    shown = cinder.services.run("tgtadm", "--lld", "iscsi", "--op", "show", "--mode", "target").decode()
-    return [line for line in shown.splitlines() if line.startswith("Target ") and ":volume-" in line]
 
 
 def place(cinder: Openstack, volume: str, backend: str) -> None:
@@ -107,13 +72,6 @@ def move(cinder: Openstack, volume: str, backend: str) -> str:
     return log
 
 
-def fill_everywhere(cinder: Openstack, volume: str, length: int) -> None:
-    """Data in eight places that add up to `length`, the last of them at the very end."""
-    stored = cinder.where(volume)
-    for number in range(8):
-        fill(stored, length // 8, GIB * (number + 1) // 8 - length // 8, seed=number)
-
-
 def test_a_volume_goes_round_all_backends(cinder: Openstack, new_volume: Callable[..., str]) -> None:
     """An eighth of it is data, and stays that where the target is new."""
     volume = new_volume(ANY_TYPE)
@@ -127,19 +85,18 @@ def test_a_volume_goes_round_all_backends(cinder: Openstack, new_volume: Callabl
         assert "Traceback" not in log
 
 
-def test_tempest_retypes_with_migration(cinder: Openstack, socket: str, tmp_path: Path) -> None:
-    """Its own tests, between Ceph and the iSCSI target."""
-    regex = r"tempest\.api\.volume\.admin\.test_volume_retype"
+def test_tempest_s_tests_and_the_plugin_s_pass(cinder: Openstack, socket: str, tmp_path: Path) -> None:
+    """Between Ceph and the iSCSI target. Those that take a while are in test_all_of_the_plugin_s_tests_pass."""
+    own = r"volfs.*test_(sparse_volume|volume_with_a_snapshot_is_refused)"
+    regex = rf"tempest\.api\.volume\.admin\.test_volume_retype|{own}"
     passed = tempest_runs.run(cinder, tmp_path, regex, backends="ceph,san", others="san", socket=socket)
-    assert {"test_available_volume_retype_with_migration", "test_available_volume_retype"} <= set(passed)
-    assert "test_volume_from_snapshot_retype_with_migration" in passed
-
-
-def test_the_plugin_s_tests_pass(cinder: Openstack, socket: str, tmp_path: Path) -> None:
-    """Those that take a while are in test_all_of_the_plugin_s_tests_pass."""
-    regex = r"volfs.*test_(sparse_volume|volume_with_a_snapshot_is_refused)"
-    passed = tempest_runs.run(cinder, tmp_path, regex, backends="ceph,san", others="san", socket=socket)
-    assert sorted(passed) == ["test_sparse_volume", "test_volume_with_a_snapshot_is_refused"]
+    assert set(passed) >= {
+        "test_available_volume_retype",
+        "test_available_volume_retype_with_migration",
+        "test_volume_from_snapshot_retype_with_migration",
+        "test_sparse_volume",
+        "test_volume_with_a_snapshot_is_refused",
+    }
 
 
 @pytest.mark.thorough
@@ -190,45 +147,136 @@ def test_four_volumes_migrate_at_once(cinder: Openstack, new_volume: Callable[..
     assert [cinder.where(volume).sha256() for volume in volumes] == before
 
 
-def test_a_daemon_that_is_killed_fails_the_migration_and_the_next_one_succeeds(
+@dataclass(frozen=True)
+class Underway:
+    """A migration that copies. `before` is the digest of the volume, `copier` the process of its dd."""
+
+    volume: str
+    source: StoredFile | StoredImage
+    before: str
+    copier: int
+    daemon: int
+
+
+@pytest.fixture
+def underway(
     cinder: Openstack, socket: str, new_volume: Callable[..., str]
+) -> Iterator[Callable[..., Underway]]:
+    """underway(to, source="ceph"): have a full volume retyped, and return while dd is stopped half-way."""
+    stopped: list[int] = []
+
+    def start(kind: str, source_kind: str = "ceph") -> Underway:
+        volume = new_volume(source_kind)
+        fill(cinder.where(volume), GIB)
+        source = cinder.where(volume)
+        before = source.sha256()
+        cinder.retype(volume, kind)
+        wait_until(lambda: copiers(socket), "dd copies", SECONDS)
+        stopped.extend(copiers(socket))
+        os.kill(stopped[-1], signal.SIGSTOP)
+        return Underway(volume, source, before, stopped[-1], api.status(socket_path=socket).pid)
+
+    yield start
+    for pid in stopped:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def assert_failed_and_succeeds_next(cinder: Openstack, it: Underway, kind: str) -> None:
+    assert_failed(cinder, it.volume, "ceph")
+    assert it.source.sha256() == it.before
+    cinder.retype(it.volume, kind)
+    cinder.wait_moved(it.volume, kind)
+    assert cinder.where(it.volume).sha256() == it.before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
+def test_a_daemon_that_ends_fails_the_migration_and_the_next_one_succeeds(
+    cinder: Openstack, underway: Callable[..., Underway], number: signal.Signals
 ) -> None:
-    volume = new_volume("ceph")
-    fill(cinder.where(volume), GIB)
-    source, before = cinder.where(volume), cinder.where(volume).sha256()
-    cinder.retype(volume, "san")
-    pid = wait_until_copying(cinder, socket)
-    os.kill(pid, signal.SIGKILL)
-    assert_failed(cinder, volume, "ceph")
-    assert source.sha256() == before
-    cinder.retype(volume, "san")
-    cinder.wait_moved(volume, "san")
-    assert cinder.where(volume).sha256() == before
+    it = underway("san")
+    os.kill(it.daemon, number)
+    os.kill(it.copier, signal.SIGCONT)
+    assert_failed_and_succeeds_next(cinder, it, "san")
 
 
 @pytest.mark.thorough
 def test_a_killed_cinder_volume_leaves_the_source_and_no_attachment(
-    cinder: Openstack, socket: str, new_volume: Callable[..., str]
+    cinder: Openstack, socket: str, underway: Callable[..., Underway]
 ) -> None:
     """What it had attached is let go of as soon as its dd has ended; what it had made, the administrator removes."""
-    volume = new_volume("ceph")
-    fill(cinder.where(volume), GIB)
-    source, before = cinder.where(volume), cinder.where(volume).sha256()
-    cinder.retype(volume, "san")
-    wait_until_copying(cinder, socket)
+    it = underway("san")
     os.killpg(cinder.pids()["cinder-volume"], signal.SIGKILL)
+    os.kill(it.copier, signal.SIGCONT)
     cinder.restart()
     wait_until(lambda: api.status(socket_path=socket).attached == [], "nothing is attached", SECONDS)
-    assert source.users() == []
-    assert source.sha256() == before
-    (target,) = (shown["id"] for shown in cinder.volumes() if shown["id"] != volume)
-    for left in (target, volume):
+    assert it.source.users() == []
+    assert it.source.sha256() == it.before
+    (target,) = (shown["id"] for shown in cinder.volumes() if shown["id"] != it.volume)
+    for left in (target, it.volume):
         status = {"status": "available", "migration_status": "none"}
         cinder.call("POST", f"/volumes/{left}/action", {"os-reset_status": status})
     cinder.delete(target)
-    cinder.retype(volume, "san")
-    cinder.wait_moved(volume, "san")
-    assert cinder.where(volume).sha256() == before
+    cinder.retype(it.volume, "san")
+    cinder.wait_moved(it.volume, "san")
+    assert cinder.where(it.volume).sha256() == it.before
+
+
+@pytest.mark.thorough
+def test_a_full_file_system_fails_the_migration(
+    cinder: Openstack, tmp_path: Path, underway: Callable[..., Underway]
+) -> None:
+    directory = cinder.environment["VOLFS_CINDER_LOCAL"]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "full", directory], check=True)
+    try:
+        it, mark = underway("local"), cinder.mark()
+        os.kill(it.copier, signal.SIGCONT)
+        assert_failed(cinder, it.volume, "ceph")
+        assert os.strerror(errno.ENOSPC) in cinder.since(mark)
+    finally:
+        subprocess.run(["umount", directory], check=True)
+    assert it.source.sha256() == it.before
+    assert it.source.users() == []
+
+
+@pytest.mark.thorough
+def test_a_full_pool_fails_the_migration(cinder: Openstack, underway: Callable[..., Underway]) -> None:
+    it, mark = underway("ceph2", "local"), cinder.mark()
+    with pools.full(cinder.services, "rbd"):
+        os.kill(it.copier, signal.SIGCONT)
+        wait_until(lambda: os.strerror(errno.EDQUOT) in cinder.since(mark), "dd has failed", SECONDS)
+    # Cinder removes the target when the pool has room: to remove an image there its driver waits for that.
+    assert_failed(cinder, it.volume, "local")
+    assert it.source.sha256() == it.before
+
+
+@pytest.mark.thorough
+def test_a_wrong_key_fails_the_migration_with_a_line_that_says_so(
+    openstack: Openstack, tmp_path: Path, new_volume: Callable[..., str]
+) -> None:
+    """Cinder's driver has the right one, in a configuration of its own; volfs's process has another."""
+    conf, right = openstack.services.ceph_conf, tmp_path / "ceph.conf"
+    text = conf.read_text()
+    right.write_text(text)
+    keyring = tmp_path / "keyring"
+    keyring.write_text(f"[client.volfs]\n\tkey = {base64.b64encode(bytes(28)).decode()}\n")
+    where = [f"{name}.rbd_ceph_conf={right}" for name in ("ceph", "ceph2")]
+    socket = str(tmp_path / "control")
+    with openstack.configured(*settings(socket, *where)):
+        volume, mark = new_volume("ceph"), openstack.mark()
+        try:
+            conf.write_text(re.sub(r"(?m)^keyring = .*", f"keyring = {keyring}", text))
+            openstack.retype(volume, "local")
+            assert_failed(openstack, volume, "ceph")
+        finally:
+            conf.write_text(text)
+        log = openstack.since(mark)
+        assert re.search(
+            r"volfs: rbd: connect: Ceph cluster \(\S+, client\.volfs\): .*permission denied", log
+        ), log
+        openstack.retype(volume, "local")
+        openstack.wait_moved(volume, "local")
+    stop_daemon(socket)
 
 
 def test_without_a_daemon_the_migration_fails_with_a_clear_line(
@@ -273,15 +321,16 @@ def test_volfs_copies_by_itself_when_told_so(
     assert_nothing_attached(socket)
 
 
-def wait_until_copying(cinder: Openstack, socket: str) -> int:
-    """The daemon's process, once data has reached a target of the san backend."""
-
-    def written() -> bool:
-        directory = Path(cinder.environment["VOLFS_CINDER_SAN"])
-        return any(path.stat().st_blocks * 512 > 16 * MIB for path in directory.iterdir())
-
-    wait_until(written, "the target has data", SECONDS)
-    return api.status(socket_path=socket).pid
+def copiers(socket: str) -> list[int]:
+    """The processes of dd that have copied something to or from a path of this daemon's mount."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            copied = int((entry / "io").read_text().split("wchar: ")[1].split()[0])
+            if arguments[0].endswith(b"dd") and f"{socket}.mnt".encode() in b" ".join(arguments):
+                found += [int(entry.name)] if copied > 16 * MIB else []
+    return found
 
 
 def assert_failed(cinder: Openstack, volume: str, backend: str, seconds: float = SECONDS) -> None:

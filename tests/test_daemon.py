@@ -22,7 +22,7 @@ from mounts import VOLFS, Mount, is_mounted, mounted, require_fuse, run_volfs, w
 from services import MIB, Services
 from volumes import Storage, StoredVolume, raises, random_bytes
 
-from volfs import api
+from volfs import api, daemon
 
 END_SECONDS = 20.0
 BLOCK = 65536
@@ -543,3 +543,13 @@ def test_a_cephx_key_is_shown_nowhere(place: Path, storage: Storage, services: S
             shown += done.stdout + done.stderr
         assert key not in shown
         assert wrong not in shown
+
+
+async def test_an_unexpected_error_of_reading_ahead_is_logged_and_ends_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail() -> None:
+        raise KeyError("features")
+
+    await daemon._read_ahead(fail)
+    assert "a bug in volfs" in caplog.text

@@ -341,6 +341,26 @@ def test_serves() -> None:
     assert not serves(source, "h", targets=(IQN + "b",))
 
 
+def test_an_account_of_the_volume_s_own_keeps_what_is_configured_for_its_portal() -> None:
+    """As Cinder's targets have it."""
+    source = IscsiSource(portals=("h:3260",), iqn=IQN, lun=1, chap_username="u", chap_password="p")
+    configured = IscsiBackend("san", IscsiSettings(portals=("g", "h"), timeout=7, initiator="kernel"))
+    assert not configured.serves(source)
+    settings = configured.settings_like(source)
+    assert settings is not None
+    assert (settings.timeout, settings.initiator) == (7, "kernel")
+    assert IscsiBackend("x", settings).serves(source)
+    assert IscsiBackend("san", IscsiSettings(portals=("g",))).settings_like(source) is None
+    both = {
+        "chap_username": "u",
+        "chap_password": "p",
+        "mutual_chap_username": "v",
+        "mutual_chap_password": "q",
+    }
+    with pytest.raises(SourceError, match="mutual_chap_username: expected none"):
+        configured.settings_like(IscsiSource(portals=("h:3260",), iqn=IQN, lun=1, **both))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -29,7 +29,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], code: int, pattern: 
 def test_status_of_nothing(tmp_path: Path) -> None:
     done = openstack_command("status", var=tmp_path)
     assert done.returncode == 3
-    assert done.stdout.count("does not run") == len(script.DAEMONS)
+    assert done.stdout.count("does not run") == len(script.DAEMONS) - len(script.EXTRAS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -40,7 +40,15 @@ def test_env_of_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("begin",), ("up", "--set", "nonsense"), ("restart",), ("restart", "mariadbd")]
+    "arguments",
+    [
+        (),
+        ("begin",),
+        ("up", "--set", "nonsense"),
+        ("up", "--with", "nova"),
+        ("restart",),
+        ("restart", "mariadbd"),
+    ],
 )
 def test_wrong_usage_is_one_line(arguments: tuple[str, ...]) -> None:
     assert_one_line(openstack_command(*arguments), 2, r"openstack.*: .*; see openstack.* --help")

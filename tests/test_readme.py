@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer
 from commands import Run
 from mounts import Mount, mounted
 from services import TOP, Services
@@ -25,7 +24,7 @@ from volfs.errors import error_text
 
 TEXT = (TOP / "README.md").read_text()
 SECTION = TEXT[TEXT.index("\n## Commands\n") : TEXT.index("\n## What does not work yet\n")]
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = cli.app.commands
 
 
 def table(header: str) -> list[list[str]]:

@@ -840,3 +840,52 @@ async def test_nothing_is_promised_of_a_volume_in_use(bench: Bench) -> None:
     await bench.release()
     assert (await (await bench.open()).extent(0, SIZE)).data
     await bench.release()
+
+
+# ---- what was lost without anybody having heard of it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calls", "told_at_detach"),
+    [("write close", True), ("write fsync close", False), ("write fsync write close", True)],
+)
+async def test_a_lost_write_is_told_at_the_detach_if_programs_heard_of_it_by_close_alone(
+    bench: Bench, calls: str, told_at_detach: bool
+) -> None:
+    """qemu-img does not look at what close(2) returns."""
+    number, file = await bench.open_file()
+    bench.faults.fail("flush", errno.EDQUOT)
+    for call in calls.split():
+        if call == "write":
+            await file.write(0, b"new")
+        else:
+            with raises(errno.EDQUOT):
+                await getattr(file, call)()
+    bench.faults.heal()
+    await bench.files.release(number)
+    failure = bench.table.take_failure(bench.backend, bench.source)
+    assert (failure and failure.errno) == (errno.EDQUOT if told_at_detach else None)
+
+
+async def test_what_is_known_of_holes_is_as_old_as_the_oldest_question(autojump_clock: MockClock) -> None:
+    """The one that was asked later may be answered first."""
+    memory = MemoryVolume(bytes(10_000) + random_bytes(10_000))
+    memory.latencies.extend((5.0, 0.1))
+    volume = Volume(FileSource(path="/x"), memory)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(volume.extent, 0, 1)
+        await trio.sleep(4.85)
+        await volume.extent(15_000, 1)
+        assert volume.recent_extent(15_000) is not None
+    assert volume.recent_extent(0) is None
+    await volume.look(0)
+    assert volume.recent_extent(0) == (Extent(0, 10_000, data=False), trio.current_time())
+
+
+async def test_a_change_of_the_size_makes_old_what_was_read_before(bench: Bench) -> None:
+    volume = await bench.open()
+    before = volume.writes
+    await volume.resize(SIZE + 1)
+    assert volume.writes > before
+    assert not volume.dirty
+    await bench.release()

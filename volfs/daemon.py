@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import trio
 
@@ -81,6 +81,14 @@ async def run(
         return daemon.errors
 
 
+async def _read_ahead(task: Callable[[], Awaitable[None]]) -> None:
+    """Run what nobody waits for, and whose failure is nobody's: the daemon goes on."""
+    try:
+        await task()
+    except Exception:
+        log.exception("read-ahead: unexpected error; a bug in volfs")
+
+
 class Daemon:
     """What the daemon serves, and the answers to its clients' requests."""
 
@@ -95,7 +103,7 @@ class Daemon:
         self._volumes = VolumeTable(self.backends)
         self._attachments = Attachments(self.backends)
         self._files = OpenFiles(
-            self._volumes, config.mount.read_ahead, lambda task: self.background.start_soon(task)
+            self._volumes, config.mount.read_ahead, lambda task: self.background.start_soon(_read_ahead, task)
         )
         self._clients: set[Client] = set()
         self._clients_seen = 0

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 Key = tuple[Backend, Source]
 
-FRESH_SECONDS = 1.0  # how old what is known of holes may be where data is to go
+FRESH_SECONDS = 1.0  # how old what is known of holes may be where nobody has asked for them
 
 
 class _Opened:
@@ -68,6 +68,8 @@ class Volume:
         self.handles = 0
         self.failures = 0
         self.last_failure: VolfsError | None = None
+        # A lost write of which close(2) alone told: many programs do not look at that.
+        self.unheard: VolfsError | None = None
         self._opened = _Opened(volume)
         self._opens = 0
         self._known = KnownExtents()
@@ -76,6 +78,7 @@ class Volume:
         self._writing = Writing()
         self._written = 0  # writes finished
         self._flushed = 0  # of these, how many a flush has covered
+        self._resized = 0
 
     @property
     def properties(self) -> Properties:
@@ -83,8 +86,10 @@ class Volume:
 
     @property
     def writes(self) -> int:
-        """How many have been made, failed ones too. What was read when there were fewer may be old."""
-        return self._written
+        """How many have been made, failed ones and changes of the size too. What was read when there were fewer may be
+        old.
+        """
+        return self._written + self._resized
 
     @property
     def dirty(self) -> bool:
@@ -142,8 +147,7 @@ class Volume:
         What another client wrote to a hole is left alone if it did so less than `FRESH_SECONDS` before: programs that
         punch a thousand ranges in a row would pay for a question about each.
         """
-        if trio.current_time() - self._known_since > FRESH_SECONDS:
-            self._known.clear()
+        self._forget_old()
         await self.clear(offset, length)
 
     async def clear(self, offset: int, length: int) -> None:
@@ -174,11 +178,32 @@ class Volume:
                     extents = await volume.extents(offset, self.properties.size - offset)
                 if opens != self._opens:
                     continue  # who opened it since wants an answer from after that
-                if not self._known:
-                    self._known_since = asked
+                # Of two questions under way the older one may be answered last.
+                self._known_since = min(self._known_since, asked) if self._known else asked
                 self._known.learn(extents, spoilt)
             known = self._known.at(offset) or Extent(offset, extents[0].length, data=True)
         return Extent(offset, min(length, known.length), known.data)
+
+    def recent_extent(self, offset: int) -> tuple[Extent, float] | None:
+        """What is known from `offset` on without asking, and since when (trio's clock): `FRESH_SECONDS` ago at most.
+
+        None when nothing is, or only what is older; `look` changes that.
+        """
+        now = trio.current_time()
+        if (extent := self._blank.at(offset)) is not None:
+            return extent, now
+        if now - self._known_since > FRESH_SECONDS or (extent := self._known.at(offset)) is None:
+            return None
+        return extent, self._known_since
+
+    async def look(self, offset: int) -> None:
+        """Have something be known there that is recent."""
+        self._forget_old()
+        await self.extent(offset, 1)
+
+    def _forget_old(self) -> None:
+        if trio.current_time() - self._known_since > FRESH_SECONDS:
+            self._known.clear()
 
     def opened_again(self) -> None:
         """One more handle, which is to see what other clients have done before."""
@@ -222,7 +247,10 @@ class Volume:
 
     async def resize(self, size: int) -> None:
         with self._opened as volume:
-            await volume.resize(size)
+            try:
+                await volume.resize(size)
+            finally:
+                self._resized += 1
 
     async def reopen(self, volume: BackendVolume) -> None:
         """Go on with another backend open, which may write, and close the old one."""
@@ -296,7 +324,10 @@ class VolumeTable:
             return volume
 
     async def release(self, backend: Backend, source: Source) -> None:
-        """Give a handle back. The last one closes the volume; its error is raised, and kept for `take_failure`."""
+        """Give a handle back. The last one closes the volume; its error is raised, and kept for `take_failure`.
+
+        So is the loss of a write that a program was told of by close(2) alone.
+        """
         with trio.CancelScope(shield=True):
             async with self._locked((backend, source)):
                 volume = self._volumes[backend, source]
@@ -309,6 +340,9 @@ class VolumeTable:
                 except VolfsError as exc:
                     self._failures[backend, source] = exc
                     raise
+                else:
+                    if volume.unheard is not None:
+                        self._failures[backend, source] = volume.unheard
                 finally:
                     del self._volumes[backend, source]
                     await self._backends.release(backend)

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 import trio
@@ -33,7 +33,7 @@ from volfs.backends.iscsi_login import Login, discover, log_in, resolve
 from volfs.backends.iscsi_session import SenseError, Session
 from volfs.backends.iscsi_source import IscsiSettings, IscsiSource, is_iscsi_name
 from volfs.backends.iscsi_volume import IscsiVolume
-from volfs.errors import BackendError, VolfsError, VolumeNotFound
+from volfs.errors import BackendError, SourceError, VolfsError, VolumeNotFound
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ CONNECTING = 8  # volumes that the kernel connects or disconnects at once
 SHORT_SESSIONS = 4  # under way at once, of those that only list or describe
 REMEMBER_SECONDS = 1.0  # a target's name is believed so long, for all the paths that lead through it
 LONG_AGO = float("-inf")
+ACCOUNTS = ("chap_username", "chap_password", "mutual_chap_username", "mutual_chap_password")
 INITIATOR_FILE = Path("/etc/iscsi/initiatorname.iscsi")
 
 
@@ -90,15 +91,28 @@ class IscsiBackend(Backend):
         )
 
     def serves(self, source: Source) -> bool:
+        return self._has(source) and all(
+            getattr(source, key) in ("", getattr(self.settings, key)) for key in ACCOUNTS
+        )
+
+    def settings_like(self, source: Source) -> IscsiSettings | None:
+        """Cinder's targets have an account for each volume."""
+        if not self._has(source):
+            return None
+        accounts = {key: getattr(source, key) for key in ACCOUNTS}
+        files = {"chap_password_file": "", "mutual_chap_password_file": ""}
+        try:
+            return msgspec.structs.replace(self.settings, portals=source.portals, **accounts, **files)
+        except ValueError as exc:
+            raise SourceError(f"{source.url}: {exc}") from exc
+
+    def _has(self, source: Source) -> TypeGuard[IscsiSource]:
+        """Whether it is on a target of this backend, whoever may open it."""
         settings = self.settings
         return (
             isinstance(source, IscsiSource)
             and set(source.portals) <= set(settings.portals)
             and (not settings.targets or source.iqn in settings.targets)
-            and all(
-                getattr(source, key) in ("", getattr(settings, key))
-                for key in ("chap_username", "chap_password", "mutual_chap_username", "mutual_chap_password")
-            )
         )
 
     async def list(self, path: Sequence[str]) -> list[Entry]:

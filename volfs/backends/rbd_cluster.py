@@ -145,6 +145,8 @@ class Cluster:
         def open_ioctx() -> Any:
             ioctx = self._rados.open_ioctx(pool)
             ioctx.set_namespace(namespace)
+            # In a pool that is full, or at its quota, requests would wait for room, those that make room too.
+            ioctx.set_osdmap_full_try()
             return ioctx
 
         await self.connect()
@@ -261,6 +263,10 @@ class Cluster:
                     cluster.conf_read_file(access.conf)
                 elif os.path.exists(f"/etc/ceph/{access.cluster or 'ceph'}.conf") or not access.monitors:
                     cluster.conf_read_file()
+                else:
+                    # Before it has read a configuration, librados looks for the keyring of a client without name, in
+                    # a cluster without name, though it tells the right path when asked.
+                    cluster.conf_set("keyring", cluster.conf_get("keyring"))
             if access.arguments:
                 cluster.conf_parse_argv(list(access.arguments))
             for option, value in self._options().items():

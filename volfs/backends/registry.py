@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from volfs.backends import backend_class
 from volfs.backends.base import Backend, Settings, Source
+from volfs.errors import SourceError
 
 
 class Backends:
@@ -44,7 +45,21 @@ class Backends:
             if backend.serves(source):
                 return backend
         cls = backend_class(source.driver)
-        key = (source.driver, cls.settings_for(source))
+        settings = self._settings_like(source) or cls.settings_for(source)
+        key = (source.driver, settings)
         if key not in self._made:
-            self._made[key] = cls(source.driver, key[1])
+            self._made[key] = cls(source.driver, settings)
         return self._made[key]
+
+    def _settings_like(self, source: Source) -> Settings | None:
+        """Those of the first configured backend that has the source but for its account; SourceError if none can."""
+        refused: SourceError | None = None
+        for backend in self.configured.values():
+            try:
+                if (settings := backend.settings_like(source)) is not None:
+                    return settings
+            except SourceError as exc:
+                refused = refused or exc
+        if refused is not None:
+            raise refused
+        return None

@@ -32,6 +32,10 @@ class Attaching:
     def is_for(self, use: str) -> bool:
         return use in self._settings.use_for
 
+    def takes(self, protocol: str) -> bool:
+        """Whether volumes of this driver_volume_type are volfs's to attach."""
+        return protocol.lower() in (name.lower() for name in self._settings.protocols)
+
     def connect(
         self, conn: dict[str, Any], stock: Connect, *, as_root: bool = True, blank: bool = False
     ) -> AttachInfo:
@@ -41,7 +45,7 @@ class Attaching:
         dd runs); then nothing is attached.
         """
         protocol = conn["driver_volume_type"]
-        if protocol.lower() not in (name.lower() for name in self._settings.protocols):
+        if not self.takes(protocol):
             return stock(conn)
         try:
             self._find_daemon()
@@ -67,6 +71,17 @@ class Attaching:
             raise
         log.info("volfs: %s volume %s is %s", protocol, conn["data"].get("volume_id", ""), device["path"])
         return {"conn": conn, "device": device, "connector": connector}
+
+    def is_left_to_stock(self) -> bool:
+        """Whether volumes are attached as ever now: there is no daemon, and [volfs] without_daemon says so."""
+        if self._settings.without_daemon != options.STOCK:
+            return False
+        try:
+            self._find_daemon()
+        except ControlError as exc:
+            log.warning("volfs: %s: moved without volfs", exc)
+            return True
+        return False
 
     def _find_daemon(self) -> None:
         """Have one that answers. ControlError."""

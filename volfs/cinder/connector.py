@@ -13,9 +13,11 @@ volume. Any thread may call.
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from typing import Any
 
 from os_brick import exception, utils
 from os_brick.initiator.connectors.base import BaseLinuxConnector
+from os_brick.privileged import rootwrap
 
 from volfs import api
 from volfs.control import StatusReply
@@ -65,15 +68,25 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         """Nothing that a storage would have to know of this host."""
         return {}
 
-    @utils.connect_volume_prepare_result  # type: ignore[untyped-decorator]
     def connect_volume(self, connection_properties: Properties) -> dict[str, Any]:
-        """Attach the volume. `path` is a str, the volume's file; `volfs_lease` is for `disconnect_volume`."""
+        """Attach the volume. `path` is a str, the volume's file, or where it is `encrypted` a link to that for an
+        encryptor to replace; `volfs_lease` is for `disconnect_volume`.
+        """
         with _errors(f"{self.protocol}: connect"):
             info = self._info(connection_properties)
             lease = api.Lease(info, None, self.socket_path, all_handles=True, blank=self._blank)
-        return {"type": "block", "path": lease.attached.path, "volfs_lease": _LEASES.keep(lease)}
+        path = lease.attached.path
+        device = {"type": "block", "path": path, "volfs_lease": _LEASES.keep(lease)}
+        if connection_properties.get("encrypted"):
+            device |= {"path": new_link(path), "volfs_path": path}
+            try:
+                with _errors(f"{self.protocol}: link for an encryptor"):
+                    rootwrap.link_root(path, device["path"], force=True)
+            except BaseException:
+                self.disconnect_volume(connection_properties, device, force=True, ignore_errors=True)
+                raise
+        return device
 
-    @utils.connect_volume_undo_prepare_result(unlink_after=True)  # type: ignore[untyped-decorator]
     def disconnect_volume(
         self,
         connection_properties: Properties,
@@ -87,16 +100,20 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         stays connected, but with `force`, which has the daemon let go when that program ends. What this process did
         not connect is detached from everybody. `ignore_errors` makes log lines of errors.
         """
-        # connect_volume_prepare_result passes what connect_volume returned as the properties, and nothing else.
         known = device_info or connection_properties
+        has_ended = force or ignore_errors
         try:
             with _errors(f"{self.protocol}: disconnect"):
                 if not _LEASES.release(known.get("volfs_lease"), self._detach_seconds, force):
                     self._detach(connection_properties, known)
+            has_ended = True
         except exception.BrickException as exc:
             if not ignore_errors:
                 raise
             log.warning("%s", exc)
+        finally:
+            if has_ended:
+                _remove_links(known.get("path"), connection_properties.get("device_path"))
 
     def get_volume_paths(self, connection_properties: Properties) -> list[str]:
         """The volume's path where it is connected, by whomever; else none."""
@@ -145,7 +162,7 @@ class VolfsConnector(BaseLinuxConnector):  # type: ignore[misc]
         return {"driver_volume_type": self.protocol, "data": dict(connection_properties)}
 
     def _detach(self, connection_properties: Properties, known: Properties) -> None:
-        path = known.get("path")
+        path = known.get("volfs_path") or known.get("path")
         paths = [path] if isinstance(path, str) else self.get_volume_paths(connection_properties)
         for each in paths:
             try:
@@ -202,6 +219,26 @@ class _Leases:
 _LEASES = _Leases()
 
 
+def new_link(path: str) -> str:
+    """Where a link to it is for one encryptor: of a name that no other attachment of the volume has.
+
+    os-brick's own has the whole path in its name, and "crypt-" before that as the name of the decrypted device is more
+    than the 127 bytes that the device mapper takes, if the path is long or has a long IQN.
+    """
+    return f"{utils.CUSTOM_LINK_PREFIX}-volfs-{hashlib.sha256(path.encode()).hexdigest()[:16]}-{secrets.token_hex(4)}"
+
+
+def _remove_links(*paths: object) -> None:
+    """Those of them that `new_link` has named, which may be gone."""
+    links = [
+        path
+        for path in paths
+        if isinstance(path, str) and path.startswith(f"{utils.CUSTOM_LINK_PREFIX}-volfs-")
+    ]
+    if links:
+        rootwrap.unlink_root(*set(links), no_errors=True)
+
+
 def _directory(status: StatusReply) -> str:
     """Of all volumes that are attached on a mount."""
     return os.path.join(status.mountpoint, "attached")
@@ -214,5 +251,5 @@ def _errors(doing: str) -> Iterator[None]:
         yield
     except SourceError as exc:
         raise exception.InvalidParameterValue(err=f"volfs: {doing}: {exc}") from exc
-    except VolfsError as exc:
+    except OSError as exc:
         raise exception.BrickException(message=f"volfs: {doing}: {exc}") from exc

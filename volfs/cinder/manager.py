@@ -7,14 +7,14 @@ process, so the settings of that process decide.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
+from cinder import exception
 from cinder.volume import manager, rpcapi, volume_types, volume_utils
 from cinder.volume.drivers.rbd import RBDDriver
 from oslo_config import cfg
 
-from volfs.cinder import copying, options
+from volfs.cinder import copying, images, options
 from volfs.cinder.attaching import AttachInfo, Attaching
 
 GIB = 1 << 30
@@ -30,12 +30,7 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         # New volumes, by id, that are to be attached: _connect_device is told no more than what the driver says.
         self._blank: set[str] = set()
         if self._attaching.is_for(options.IMAGES):
-            # A driver attaches for itself when it moves images. It may be of any class, so its object is told.
-            stock = self.driver._connect_device
-            as_root = not self.driver.secure_file_operations_enabled()
-            self.driver._connect_device = functools.partial(
-                self._attaching.connect, stock=stock, as_root=as_root
-            )
+            images.Images(self.driver, self._attaching, self._new_is_zero)
 
     def get_capabilities(self, context: Any, discover: bool) -> dict[str, Any]:
         """Cinder's, and that new images of RBD read as zeros, which its driver does not tell."""
@@ -43,6 +38,10 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         if isinstance(self.driver, RBDDriver):
             return {**(capabilities or {}), "sparse_copy_volume": True}
         return capabilities
+
+    def _new_is_zero(self, context: Any) -> bool:
+        """Of volumes that the driver makes."""
+        return bool((self.get_capabilities(context, False) or {}).get("sparse_copy_volume"))
 
     def _connect_device(self, conn: dict[str, Any]) -> AttachInfo:
         if self._attaching.is_for(options.COPIES):
@@ -68,7 +67,7 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
         how = {"attach_encryptor": decrypt}
         far = {"remote": remote in ("dest", "both")}
         near = {"remote": remote in ("src", "both")}
-        blank = not decrypt and is_blank(ctxt, dest_vol)
+        blank = is_blank(ctxt, dest_vol)
         if blank:
             self._blank.add(dest_vol["id"])
         try:
@@ -81,7 +80,7 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
                 copying.copy(
                     source["device"]["path"],
                     target["device"]["path"],
-                    src_vol["size"] * GIB,
+                    bytes_to_copy(src_vol, source, decrypt=decrypt),
                     self._settings,
                     block_size=self.configuration.volume_dd_blocksize,
                     blank=blank,
@@ -91,6 +90,21 @@ class VolumeManager(manager.VolumeManager):  # type: ignore[misc]
                 self._detach_volume(ctxt, source, src_vol, properties, force=True, **near, **how)
         finally:
             self._detach_volume(ctxt, target, dest_vol, properties, force=True, **far, **how)
+
+
+def bytes_to_copy(volume: Any, attached: AttachInfo, *, decrypt: bool) -> int:
+    """The volume's size; of what is copied encrypted from Ceph, whose driver has the header beside that, all there is.
+
+    VolumeBackendAPIException when nobody can tell: the end would be missing.
+    """
+    if not volume["encryption_key_id"] or decrypt or attached["conn"]["driver_volume_type"] != "rbd":
+        return int(volume["size"] * GIB)
+    path = attached["device"]["path"]
+    size = copying.size_of(path)
+    if size is None:
+        reason = f"volfs: {path}: this user cannot see how large the encrypted image is"
+        raise exception.VolumeBackendAPIException(data=reason)
+    return size
 
 
 def is_blank(ctxt: Any, volume: Any) -> bool:

@@ -44,7 +44,8 @@ OPTIONS = [
         item_type=types.String(choices=[COPIES, IMAGES, BACKUPS]),
         default=[COPIES],
         help="What volumes are attached by volfs for: copies between volumes (migration, retype, generic revert), "
-        "images (upload and download, where the driver has no way of its own), backups (needs backup_manager).",
+        "images (upload and download, where the driver attaches volumes for that, or is Ceph's), backups (needs "
+        "backup_manager).",
     ),
     cfg.StrOpt(
         "copy_method",

@@ -12,6 +12,7 @@ from volfs.backends.base import Backend
 from volfs.copy_range import Interrupted, copy_range
 from volfs.data_ahead import DataAhead
 from volfs.errors import VolfsError, VolumeNotFound
+from volfs.fuse import helper
 from volfs.fuse.tree import VolumeNode
 from volfs.readahead import ReadAhead, Spawn
 from volfs.rewriting import Rewriting
@@ -46,16 +47,17 @@ class OpenFile:
     read_to: int = 0  # the end of what was read so far
     rewriting: Rewriting | None = None  # it was opened with O_TRUNC
     closing: bool = False  # close(2) was called, on what may be one of several descriptors
+    heard: int = 0  # Volume.writes when another call than close(2) last told the program that some were lost
 
-    def start_read(self, offset: int, length: int, sink: object) -> bool:
-        """Begin a read whose bytes go to the sink; False when it takes a task (`read`) to do it."""
+    def start_read(self, offset: int, length: int, sink: object) -> bool | bytes:
+        """Begin a read whose bytes go to the sink, or return them; False when it takes a task (`read`) to do it."""
         self.closing = self.untouched = False
         if self.ahead is None and self.data_ahead.expects(offset):
             return False
-        if not (self.ahead or self.volume).start_read(offset, length, sink):
-            return False
-        self.read_to = max(self.read_to, min(offset + length, self.volume.properties.size))
-        return True
+        started = (self.ahead or self.volume).start_read(offset, length, sink)
+        if started:
+            self.read_to = max(self.read_to, min(offset + length, self.volume.properties.size))
+        return started
 
     def start_write(self, offset: int, data: memoryview) -> bool:
         """Do a write at once; False when it takes a task (`write`)."""
@@ -185,6 +187,13 @@ class OpenFile:
     async def fsync(self) -> None:
         """Flush the volume; an error of an earlier flush that this handle has not reported counts as well."""
         try:
+            await self._flush()
+        except VolfsError:
+            self.heard = self.volume.writes
+            raise
+
+    async def _flush(self) -> None:
+        try:
             await self.volume.flush()
         finally:
             failed = self.volume.failures > self.failures_seen
@@ -201,7 +210,12 @@ class OpenFile:
         """
         self.closing, self.untouched = True, False
         if self.writable:
-            await self.fsync()
+            try:
+                await self._flush()
+            except VolfsError as exc:
+                if self.volume.writes > self.heard:
+                    self.volume.unheard = exc
+                raise
         elif self.read_to:  # some backends run half a dozen programs to find out
             try:
                 size = (await self.volume.refresh()).size
@@ -270,12 +284,15 @@ class OpenFiles:
             thread=thread,
             pid=_process(thread),
             failures_seen=volume.failures,
-            ahead=ReadAhead(volume, self._read_ahead, self._spawn) if flags & os.O_DIRECT else None,
+            ahead=self._direct(volume) if flags & os.O_DIRECT else None,
             data_ahead=DataAhead(volume, self._read_ahead, self._spawn),
         )
         if flags & os.O_TRUNC:
             file.truncate_at_open()
         return handle
+
+    def _direct(self, volume: Volume) -> ReadAhead:
+        return ReadAhead(volume, self._read_ahead, self._spawn, None if helper is None else helper.HeldRead)
 
     async def release(self, handle: int) -> None:
         """The last descriptor of the handle is closed."""
