@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import encryption
 from kernel_targets import CONFIGFS, daemon, free_portals, sessions, succeed
@@ -149,6 +149,7 @@ class GuestCinder(Openstack):
 
     group: VolumeGroup = field(kw_only=True)
     port: int = field(kw_only=True)
+    look_seconds: ClassVar[float] = 1.0  # each takes a tenth of one from what is waited for
 
     @property
     def socket(self) -> str:

@@ -20,6 +20,9 @@ CHEAP = {
     ("cryptsetup", "luksFormat"): "--pbkdf-force-iterations 1000",
     ("qemu-img", "create"): "-o iter-time=1",
 }
+# qemu-img measures its processor in any case, by a clock that in the guest goes by ten milliseconds, and gives up when
+# that has not moved meanwhile.
+NOT_MEASURED = "Unable to get accurate CPU usage"
 
 
 def quick_passphrases(directory: Path) -> str:
@@ -30,10 +33,19 @@ def quick_passphrases(directory: Path) -> str:
     """
     directory.mkdir()
     for (program, command), options in CHEAP.items():
-        script = directory / program
+        script, real = directory / program, shutil.which(program)
         script.write_text(f"""#!/bin/sh
-case " $* " in *" {command} "*) set -- "$@" {options};; esac
-exec {shutil.which(program)} "$@"
+case " $* " in
+*" {command} "*) set -- "$@" {options};;
+*) exec {real} "$@";;
+esac
+for attempt in 1 2 3 4 5 6 7 8 9 10; do
+    said=$({real} "$@" 2>&1)
+    status=$?
+    case $said in *"{NOT_MEASURED}"*) ;; *) break;; esac
+done
+[ -z "$said" ] || echo "$said" >&2
+exit "$status"
 """)
         script.chmod(0o755)
     return f"{directory}:{os.environ['PATH']}"

@@ -19,7 +19,7 @@ import urllib.error
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from services import (
@@ -111,6 +111,7 @@ class Openstack:
     services: Services
     environment: Mapping[str, str] = field(repr=False)  # for clients, as `scripts/openstack env` prints it
     _api: Any = field(default=None, repr=False)
+    look_seconds: ClassVar[float] = 0.2  # between two looks at what is waited for
 
     # ---- the API
 
@@ -170,7 +171,7 @@ class Openstack:
         while (status := self._status(volume)) != "":
             if status.startswith("error") or time.monotonic() > deadline:
                 raise CinderError(f"volume {volume} is {status} and not deleted: {self.messages(volume)}")
-            time.sleep(0.2)
+            time.sleep(self.look_seconds)
 
     def _status(self, volume: str) -> str:
         """ "" when there is no such volume."""
@@ -249,7 +250,7 @@ class Openstack:
                 raise CinderError(
                     f"backup {backup} is {shown['status']} and not {status}: {shown['fail_reason']}"
                 )
-            time.sleep(0.2)
+            time.sleep(self.look_seconds)
         return dict(shown)
 
     def delete_backups(self, seconds: float = 60) -> None:
@@ -260,7 +261,7 @@ class Openstack:
                 raise CinderError(f"backups are not deleted: {left}")
             if left[0]["status"] in ("available", "error"):
                 self.call("DELETE", f"/backups/{left[0]['id']}")
-            time.sleep(0.2)
+            time.sleep(self.look_seconds)
 
     def wait_status(self, volume: str, status: str, seconds: float = 60) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
@@ -269,7 +270,7 @@ class Openstack:
                 raise CinderError(
                     f"volume {volume} is {shown['status']} and not {status}: {self.messages(volume)}"
                 )
-            time.sleep(0.2)
+            time.sleep(self.look_seconds)
         return shown
 
     def wait_moved(self, volume: str, backend: str, seconds: float = 180) -> dict[str, Any]:
@@ -285,7 +286,7 @@ class Openstack:
                 break
             if time.monotonic() > deadline:
                 raise CinderError(f"volume {volume} still {shown['status']}, {shown['migration_status']}")
-            time.sleep(0.2)
+            time.sleep(self.look_seconds)
         if shown["os-vol-host-attr:host"] != self.host(backend):
             raise CinderError(
                 f"volume {volume} stayed at {shown['os-vol-host-attr:host']} ({shown['migration_status']}): "

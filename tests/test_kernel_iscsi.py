@@ -33,7 +33,7 @@ from volfs.source import parse_connection_info
 pytestmark = pytest.mark.vm(seconds=7)
 
 SIZE = 4 * MIB
-COPIED = 64 * MIB  # long enough for something to fail meanwhile
+COPIED = 32 * MIB  # long enough for something to fail meanwhile
 DEADLINE = 60.0  # for what happens in the background; all is slow in the guest
 
 
@@ -313,7 +313,7 @@ async def test_a_target_that_restarts_or_hangs_ends_no_wait_late(
 
 async def use_without(stop: Callable[[], None], target: KernelTarget) -> None:
     """Stop the initiator while the volume is open, and write to it."""
-    async with opened(source_of(target), connect_timeout=8) as volume:
+    async with opened(source_of(target), connect_timeout=5) as volume:
         stop()
         await volume.pwrite(0, b"still")
         await volume.flush()
