@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_chart
 import bench_cinder
+import bench_copy
 import bench_sparse
 import bench_subjects
 import bench_vm
@@ -38,6 +40,8 @@ from volfs.version import VERSION
 LIMIT = "fio rbd"  # librbd without a file in between
 FILL = 4 * MIB
 VM_SIZE_MIB = 16
+COPY_SIZE_MIB = 4096
+COPY_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def main() -> int:
         return bench_cinder.run(options.rounds, options.json, options.check)
     if missing := bench_subjects.missing_programs():
         return _fail(f"{', '.join(missing)}: not installed (scripts/setup)")
+    if options.copy:
+        return bench_copy.run(options.jobs, options.rounds, options.size_mib, options.json, options.check)
     if options.sparse:
         return bench_sparse.run(options.rounds, options.size_mib, options.json, options.check)
     console = Console(width=max(Console().width, 120), highlight=False)
@@ -120,7 +126,7 @@ def main() -> int:
                 if row["limit_met"] is False
             ]
             if PLAIN in samples and DIRECT in samples:
-                floor = PLAIN_FLOOR if options.floor is None else options.floor
+                floor = PLAIN_FLOOR * options.part_of_floor if options.floor is None else options.floor
                 plain = _ratio(samples[PLAIN]["volfs"], samples[DIRECT]["volfs"])
                 result["drivers"][driver]["plain_to_direct"] = round(plain, 3)
                 console.print(f"volfs: {PLAIN} is {plain:.2f} times as fast as {DIRECT} (floor {floor})\n")
@@ -129,6 +135,8 @@ def main() -> int:
     result["seconds"] = round(time.monotonic() - begin, 1)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    if options.chart:
+        bench_chart.draw(result, Path(options.chart))
     print(f"{result['seconds']:g} s" + (f"; below its floor: {', '.join(missed)}" if missed else ""))
     return 1 if missed and options.check else 0
 
@@ -140,6 +148,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="RBD only, less of everything; under 3 minutes")
     parser.add_argument(
         "--sparse", action="store_true", help="instead: copies of a terabyte that is nearly empty, against dd"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="instead: whole volumes, against qemu-img and Cinder's own loop"
     )
     parser.add_argument(
         "--vm",
@@ -155,38 +166,53 @@ def _arguments() -> argparse.Namespace:
         "--driver", action="append", choices=list(PEERS), help="only this one; may be repeated"
     )
     parser.add_argument("--job", default="", help="only jobs with this in their name")
-    parser.add_argument("--rounds", type=int, help="how often each job is run (5; quick: 3)")
+    parser.add_argument("--rounds", type=int, help="how often each job is run (5; quick and copy: 3)")
     parser.add_argument("--seconds", type=float, help="how long fio runs (4; quick: 0.6)")
-    parser.add_argument("--size-mib", type=int, help="of each volume (1024; quick: 256; vm: 16)")
+    parser.add_argument("--size-mib", type=int, help="of each volume (1024; quick: 256; vm: 16; copy: 4096)")
     parser.add_argument("--json", metavar="FILE", help="write every sample there")
-    parser.add_argument(
+    parser.add_argument("--chart", metavar="FILE", help="draw the ratios there, as a PNG")
+    floors = parser.add_mutually_exclusive_group()
+    floors.add_argument(
         "--floor", type=float, help="what each ratio that has a floor has to reach, in place of that"
     )
+    floors.add_argument("--part-of-floor", type=float, default=1.0, help="how much of it is enough")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a ratio is below its floor")
     options = parser.parse_args()
     for name, full, quick in (
-        ("rounds", 5, 3),
+        ("rounds", COPY_ROUNDS if options.copy else 5, 3),
         ("seconds", 4.0, 0.6),
-        ("size_mib", VM_SIZE_MIB if options.vm else 1024, 256),
+        ("size_mib", VM_SIZE_MIB if options.vm else COPY_SIZE_MIB if options.copy else 1024, 256),
     ):
         value = getattr(options, name)
         if value is None:
             setattr(options, name, quick if options.quick else full)
         elif value <= 0:
             parser.error(f"--{name.replace('_', '-')}: expected a number above 0, not {value}")
-    options.jobs = [
-        job if options.floor is None else _with_floor(job, options.floor)
-        for job in JOBS
-        if options.job in job.name and (job.quick or not options.quick)
-    ]
+    if options.copy:
+        options.jobs = [job for job in bench_copy.JOBS if options.job in job.name]
+    else:
+        options.jobs = _jobs(options)
     if not options.jobs:
-        parser.error(f"--job {options.job}: expected a part of one of: {', '.join(job.name for job in JOBS)}")
+        every = ", ".join(job.name for job in (bench_copy.JOBS if options.copy else JOBS))
+        parser.error(f"--job {options.job}: expected a part of one of: {every}")
     return options
 
 
-def _with_floor(job: Job, floor: float) -> Job:
-    limit_floor = None if job.limit_floor is None else floor
-    return replace(job, floors=dict.fromkeys(job.floors, floor), limit_floor=limit_floor)
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    return [
+        _with_floors(
+            job, lambda floor: floor * options.part_of_floor if options.floor is None else options.floor
+        )
+        for job in JOBS
+        if options.job in job.name and (job.quick or not options.quick)
+    ]
+
+
+def _with_floors(job: Job, changed: Callable[[float], float]) -> Job:
+    floors = {driver: changed(floor) for driver, floor in job.floors.items()}
+    return replace(
+        job, floors=floors, limit_floor=None if job.limit_floor is None else changed(job.limit_floor)
+    )
 
 
 def _measure(services: Services, driver: str, options: argparse.Namespace) -> Samples:

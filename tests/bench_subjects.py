@@ -26,12 +26,16 @@ Subject = Callable[[Services, Volume, Path], contextlib.AbstractContextManager[P
 @contextlib.contextmanager
 def volfs(services: Services, volume: Volume, directory: Path) -> Iterator[Path]:
     """`volfs mount` of the pool or portal, as it comes."""
-    if isinstance(volume, Image):
-        prefix, place = f"rbd:{volume.pool}", ("rbd", volume.pool, volume.name)
-    else:
-        prefix, place = f"iscsi://{volume.portal}", ("iscsi", volume.iqn, str(volume.number))
+    prefix = f"rbd:{volume.pool}" if isinstance(volume, Image) else f"iscsi://{volume.portal}"
     with mounted(directory, [prefix], env=ceph_environment(services)) as mount:
-        yield mount.path.joinpath(*place)
+        yield mount.path.joinpath(*place(volume))
+
+
+def place(volume: Volume) -> tuple[str, ...]:
+    """Where a mount of volfs shows it."""
+    if isinstance(volume, Image):
+        return "rbd", volume.pool, volume.name
+    return "iscsi", volume.iqn, str(volume.number)
 
 
 @contextlib.contextmanager
@@ -50,7 +54,7 @@ def nbdfuse(services: Services, volume: Volume, directory: Path) -> Iterator[Pat
     """nbdfuse over a Unix socket to qemu-nbd."""
     path, socket = directory / "mnt", directory / "nbd"
     path.mkdir()
-    serve = ["qemu-nbd", "-k", socket, "-f", "raw", "--persistent", "-e", "16", _qemu_url(services, volume)]
+    serve = ["qemu-nbd", "-k", socket, "-f", "raw", "--persistent", "-e", "16", qemu_url(services, volume)]
     show = ["nbdfuse", path / "volume", "--unix", socket]
     with (
         _running(serve, services.environment, directory / "qemu-nbd.log", socket),
@@ -74,6 +78,13 @@ def qemu_storage_daemon(services: Services, volume: Volume, directory: Path) -> 
         yield path
 
 
+def qemu_url(services: Services, volume: Volume) -> str:
+    """As the block drivers of QEMU take it."""
+    if isinstance(volume, Image):
+        return f"rbd:{volume.pool}/{volume.name}:conf={services.ceph_conf}"
+    return volume.url
+
+
 PEERS: Mapping[str, Mapping[str, Subject]] = {
     "rbd": {
         "rbd-fuse": rbd_fuse,
@@ -87,13 +98,6 @@ PROGRAMS = ("fio", "dd", "rbd-fuse", "nbdfuse", "qemu-nbd", "qemu-storage-daemon
 
 def missing_programs() -> list[str]:
     return [program for program in PROGRAMS if not shutil.which(program)]
-
-
-def _qemu_url(services: Services, volume: Volume) -> str:
-    """As the block drivers of QEMU take it."""
-    if isinstance(volume, Image):
-        return f"rbd:{volume.pool}/{volume.name}:conf={services.ceph_conf}"
-    return volume.url
 
 
 @contextlib.contextmanager

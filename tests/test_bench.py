@@ -26,8 +26,10 @@ def measured(result: dict[str, Any], driver: str) -> dict[str, set[str]]:
 
 def test_it_measures_volfs_and_all_peers(services: Services, tmp_path: Path) -> None:
     little = ("--rounds", "1", "--seconds", "0.1", "--size-mib", "16", "--check", "--floor", "0.001")
-    done = bench(*little, "--json", tmp_path / "result.json")
+    chart = tmp_path / "chart.png"
+    done = bench(*little, "--json", tmp_path / "result.json", "--chart", chart)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert chart.read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "result.json").read_text())
 
     peers = {"volfs", "nbdfuse+qemu-nbd", "qemu-storage-daemon"}
@@ -62,6 +64,10 @@ def test_floors_that_are_missed_are_named_and_with_check_an_error(services: Serv
         (("--seconds", "-1"), "--seconds: expected a number above 0, not -1.0"),
         (("--job", "nonsense"), "--job nonsense: expected a part of one of: read 1M direct, "),
         (("--driver", "tape"), "invalid choice: 'tape'"),
+        (
+            ("--copy", "--job", "tape"),
+            "--job tape: expected a part of one of: rbd to iscsi, half of it data, ",
+        ),
     ],
 )
 def test_wrong_use_is_one_clear_line(arguments: tuple[str, ...], message: str) -> None:
@@ -82,3 +88,21 @@ def test_sparse_copies_are_measured_against_dd(services: Services, tmp_path: Pat
         took, reference = result["seconds"][row["copy"]], row["copy"].split(":")[0] + ": " + row["reference"]
         assert row["ratio"] == pytest.approx(took[0] / result["seconds"][reference][0], abs=0.001)
     assert result["too_large"] == [], done.stdout
+
+
+def test_copies_of_volumes_are_measured_against_qemu_img_and_the_loop_of_cinder(
+    services: Services, tmp_path: Path
+) -> None:
+    little = ("--copy", "--job", "rbd to", "--rounds", "1", "--size-mib", "32")
+    done = bench(*little, "--json", tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["rows"]) == 4
+    for row in result["rows"]:
+        taken = {name: seconds[0] for name, seconds in result["seconds"][row["job"]].items()}
+        for name, ratio in row["ratios"].items():
+            theirs = min(seconds for way, seconds in taken.items() if way.startswith(name))
+            assert ratio == pytest.approx(theirs / taken[row["ours"]], abs=0.001)
+        assert len(row["missed"]) == sum(
+            ratio < row["floors"][name] for name, ratio in row["ratios"].items()
+        ), row
