@@ -69,9 +69,8 @@ class Bed:
     mount: Mount
 
     def run_volfs(self, command: str, source: Volume, target: Volume) -> None:
-        environment = {**os.environ, **ceph_environment(self.services)}
-        arguments = [*VOLFS, command, "--quiet", source.url, target.url]
-        subprocess.run(arguments, check=True, env=environment, stdout=subprocess.DEVNULL)
+        paths = [self.path(source), self.path(target)]
+        subprocess.run([*VOLFS, command, "--quiet", *paths], check=True, stdout=subprocess.DEVNULL)
 
     def path(self, volume: Volume) -> Path:
         return self.mount.path.joinpath(*bench_subjects.place(volume))
@@ -81,7 +80,6 @@ Way = Callable[[Bed, Volume, Volume], None]
 
 
 def volfs_copy(bed: Bed, source: Volume, target: Volume) -> None:
-    """Past the mount, as a migration by command does it."""
     bed.run_volfs("copy", source, target)
 
 
