@@ -88,7 +88,8 @@ def split_url(url: str) -> tuple[str, str]:
     driver, colon, rest = url.partition(":")
     if not colon or driver not in DRIVERS:
         schemes = ", ".join(f"{name}:" for name, registration in DRIVERS.items() if registration.urls)
-        shown = re.sub(r"//[^/]*@", "//***@", url)  # an account, if only the scheme is mistyped
+        # An account, if only the scheme is mistyped; a password may have a slash in it, or another "@".
+        shown = re.sub(r"//.*@", "//***@", url, flags=re.DOTALL)
         raise SourceError(f"{shown!r}: not a volume's URL; expected one that begins with {schemes}")
     return driver, rest
 

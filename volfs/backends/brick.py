@@ -18,7 +18,7 @@ import trio
 
 from volfs.backends import brick_connection
 from volfs.backends.base import BLOCK_UNIT, Backend, Entry, Properties, Source, VolumeInfo
-from volfs.backends.brick_target import ConnectorSettings, Target, make_target
+from volfs.backends.brick_target import ConnectorSettings, Target, first_of, make_target
 from volfs.backends.brick_volume import ConnectedVolume, Connections, look, open_connected
 from volfs.errors import BackendError, SourceError, VolumeNotFound
 
@@ -177,8 +177,8 @@ def _name(data: Mapping[str, Any]) -> str:
     ):
         if data.get(key):
             return str(data[key]).rstrip("/").rpartition("/")[2]
-    for key in ("target_iqn", "target_iqns", "target_wwn", "target_wwns", "nqn", "target_nqn"):
-        if value := data.get(key):
-            lun = data.get("target_lun", (data.get("target_luns") or [""])[0])
-            return f"{value if isinstance(value, str) else value[0]}-lun-{lun}"
+    for key in ("target_iqn", "target_wwn", "nqn", "target_nqn"):
+        if value := first_of(data, f"{key}s", key):
+            lun = data.get("target_lun", first_of(data, "target_luns", ""))
+            return f"{value[0] if isinstance(value, list) else value}-lun-{'' if lun is None else lun}"
     return ""

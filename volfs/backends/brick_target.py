@@ -66,14 +66,20 @@ class Target:
             parts: list[object] = [data.get("export")]
         elif "target_iqn" in data or "target_iqns" in data:
             parts = [
-                (data.get("target_iqns") or [data.get("target_iqn")])[0],
-                (data.get("target_luns") or [data.get("target_lun")])[0],
+                first_of(data, "target_iqns", "target_iqn"),
+                first_of(data, "target_luns", "target_lun"),
             ]
         else:
             parts = [
                 data.get("volume_id") or msgspec.json.encode(library.without_secrets(data), order="sorted")
             ]
         return f"{self.protocol} {parts!r}"
+
+
+def first_of(data: Mapping[str, Any], several: str, single: str) -> Any:
+    """The first value of a key that has a list, or else that of the other key. Of whatever type: nobody has checked."""
+    values = data.get(several)
+    return values[0] if isinstance(values, list | tuple) and values else data.get(single)
 
 
 def make_target(

@@ -63,6 +63,10 @@ class RbdSettings(Settings, frozen=True, kw_only=True):
         for pool in self.pools:
             if not _is_name(pool):
                 raise ValueError(f"pools: expected names of pools, not {pool!r}")
+        try:
+            self._given()
+        except SourceError as exc:
+            raise ValueError(f"id: {exc}") from exc
 
     def secrets(self) -> Sequence[str]:
         inline = any(argument.partition("=")[0] == "--key" for argument in self.arguments)
@@ -70,7 +74,11 @@ class RbdSettings(Settings, frozen=True, kw_only=True):
 
     def cluster_access(self) -> ClusterAccess:
         """How the cluster is reached; the environment counts where the settings say nothing at all."""
-        access = ClusterAccess(
+        access = self._given()
+        return access_from_environment(os.environ) if access == ClusterAccess() else access
+
+    def _given(self) -> ClusterAccess:
+        return ClusterAccess(
             conf=self.conf,
             client=self.id,
             cluster=self.cluster,
@@ -79,7 +87,6 @@ class RbdSettings(Settings, frozen=True, kw_only=True):
             monitors=self.monitors,
             arguments=self.arguments,
         )
-        return access_from_environment(os.environ) if access == ClusterAccess() else access
 
 
 def _settings(access: ClusterAccess, **more: Any) -> RbdSettings:

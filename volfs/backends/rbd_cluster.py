@@ -44,6 +44,23 @@ class ClusterAccess(msgspec.Struct, frozen=True, kw_only=True):
     key: str | None = None
     arguments: tuple[str, ...] = ()  # further options, as on the command line of `ceph`
 
+    def __post_init__(self) -> None:
+        """SourceError for what librados would take for another name, or the path of its files for another directory."""
+        texts = [
+            self.conf,
+            self.client,
+            self.cluster,
+            self.keyring,
+            self.key,
+            *self.monitors,
+            *self.arguments,
+        ]
+        if any("\0" in text for text in texts if text):
+            raise SourceError("how a Ceph cluster is reached: expected text without a NUL character")
+        for what, name in (("cluster", self.cluster), ("user", self.client)):
+            if name and "/" in name:  # /etc/ceph/CLUSTER.conf, CLUSTER.client.USER.keyring
+                raise SourceError(f"Ceph {what} {name!r}: expected a name without '/'")
+
     def __repr__(self) -> str:  # without the key
         return f"ClusterAccess({self.conf or 'default conf'}, client {self.client or 'default'})"
 

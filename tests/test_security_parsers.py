@@ -1,0 +1,199 @@
+"""Anything at all to whatever reads text from outside: it is understood, or refused by an error of ours on one line.
+
+Sources by URL and by connection info of every type, volfs.toml by the command that reads it, the crash journal by the
+start that cleans up, requests and replies of the control protocol. Where such text holds a secret, no error, no repr
+and no name of what came out of it shows that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_config import to_toml
+
+from volfs import cli, control, journal, mounting, recovery
+from volfs.backends import DRIVERS, backend_class, brick_connection, caller_environment, lvm
+from volfs.backends import brick_library as library
+from volfs.backends.base import Source
+from volfs.backends.brick_target import ConnectorSettings, make_target
+from volfs.backends.rbd import RbdSource
+from volfs.config import Config
+from volfs.daemon import Daemon
+from volfs.errors import ControlError, SourceError, VolfsError
+from volfs.source import parse_connection_info, parse_prefix, parse_source
+
+CANARY = "AQc4n4rySecretOfThisTest0000000000000000=="
+PROTOCOLS = sorted({name for registration in DRIVERS.values() for name in registration.protocols})
+ENVIRONMENT = sorted({name for registration in DRIVERS.values() for name in registration.environment})
+
+# What each example writes is replaced by the next.
+in_one_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+odd_text = st.text(max_size=20) | st.sampled_from(
+    [
+        "",
+        "/",
+        "..",
+        "../../etc",
+        "a/b",
+        "-rf",
+        "a\nb",
+        "\0",
+        "x\0y",
+        "/x\0y",
+        "x" * 300,
+        "ü" * 200,
+        "\x1b[2J",
+        "1" * 30,
+    ]
+)
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | odd_text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(odd_text, inner, max_size=3),
+    max_leaves=5,
+)
+json_text = odd.map(json.dumps)
+
+# A value that is right for each key that Cinder's drivers or os-brick's connectors use; any of them may be replaced.
+GOOD: dict[str, Any] = {
+    "access_mode": "rw",
+    "auth_enabled": True,
+    "auth_method": "CHAP",
+    "auth_username": "user",
+    "cluster_name": "ceph",
+    "device_path": "/dev/disk",
+    "encrypted": False,
+    "enforce_multipath": False,
+    "export": "127.0.0.1:/volumes",
+    "format": "raw",
+    "hosts": ["127.0.0.1"],
+    "name": "volumes/disk",
+    "nqn": "nqn.2026-01.org.example:disk",
+    "portals": [["127.0.0.1", "4420", "tcp"]],
+    "ports": ["6789"],
+    "scaleIO_volname": "disk",
+    "secret_type": "ceph",
+    "target_iqn": "iqn.2026-01.org.example:disk",
+    "target_iqns": ["iqn.2026-01.org.example:disk"],
+    "target_lun": 1,
+    "target_luns": [1],
+    "target_nqn": "nqn.2026-01.org.example:disk",
+    "target_portal": "127.0.0.1:3260",
+    "target_portals": ["127.0.0.1:3260"],
+    "target_wwn": ["50014380186b3f65"],
+    "target_wwns": ["50014380186b3f65"],
+    "uuid": "0d9c2d3e-54ae-4ac3-8fd4-6f4d9a0f5b3a",
+    "volume": "disk",
+    "volume_id": "5f1d2e0c-0d2f-4c7e-9c52-0b6a0d5ad1f1",
+}
+SECRETS: dict[str, Any] = {
+    "auth_password": CANARY,
+    "discovery_auth_password": CANARY,
+    "keyring": f"[client.user]\n\tkey = {CANARY}\n",
+    "serverPassword": CANARY,
+    "serverToken": CANARY,
+}
+
+
+@st.composite
+def connection_infos(draw: st.DrawFn) -> dict[str, Any]:
+    """Of any type: some of the keys that there are, most of them right, and always with secrets."""
+    keys = draw(st.sets(st.sampled_from(sorted(GOOD)), max_size=12))
+    data = {key: GOOD[key] for key in keys}
+    data |= draw(st.dictionaries(st.sampled_from(sorted(GOOD)) | odd_text, odd, max_size=3))
+    return {"driver_volume_type": draw(st.sampled_from(PROTOCOLS)), "data": data | SECRETS}
+
+
+@contextlib.contextmanager
+def refusals_in_one_line(kind: type[VolfsError] = VolfsError) -> Iterator[None]:
+    """Nothing else than an error of this class comes out, of one line without the canary."""
+    refused: VolfsError | None = None
+    try:
+        yield
+    except kind as exc:
+        refused = exc
+    if refused is not None:
+        assert str(refused).isprintable()
+        assert CANARY not in f"{refused} {refused!r} {refused.__cause__!r}"
+        assert refused.errno in errno.errorcode
+
+
+def check(source: Source) -> None:
+    """What is true of every source, whoever wrote the text that it came from."""
+    name, settings_ = source.name, backend_class(source.driver).settings_for(source)
+    assert name not in ("", ".", "..")
+    assert not set("/\0") & set(name)
+    for shown in (source, settings_, source.url, name, backend_class(source.driver)("b", settings_)):
+        assert CANARY not in f"{shown!r} {shown}"
+    name.encode()
+    if isinstance(source, RbdSource):
+        access = source.access
+        assert "\0" not in f"{access.conf} {access.keyring} {access.arguments} {access.monitors} {access.key}"
+        assert not set("/\0") & set(f"{access.cluster} {access.client}")  # which become parts of paths
+    assert hash(source) == hash(msgspec.structs.replace(source))
+
+
+# Sources
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(connection_infos(), st.dictionaries(st.sampled_from(ENVIRONMENT), odd_text, max_size=2))
+@example({"driver_volume_type": "nvmeof", "data": {"target_iqn": "x", "target_luns": 5}}, {})
+@example({"driver_volume_type": "nfs", "data": {"target_wwn": {"a": 1}}}, {})
+@example({"driver_volume_type": "rbd", "data": {"name": "a/b", "cluster_name": "../../tmp/ceph"}}, {})
+@example({"driver_volume_type": "rbd", "data": {"name": "a/b", "auth_username": "../x"}}, {})
+@example({"driver_volume_type": "rbd", "data": {"name": "a/b"}}, {"CEPH_CONF": "/x\0y"})
+async def test_any_connection_info_is_a_source_or_a_source_error(
+    info: dict[str, Any], environment: dict[str, str]
+) -> None:
+    with refusals_in_one_line(SourceError):
+        check(parse_connection_info(info, environment))
+
+
+@pytest.mark.slow
+@given(connection_infos())
+@example({"driver_volume_type": "nvmeof", "data": {"target_iqns": 3, "target_luns": {"a": 5}}})
+def test_what_is_locked_and_noted_for_any_connection_info(info: dict[str, Any]) -> None:
+    """Equal volumes wait for each other, by a name that tells no secret; nor do the facts for the journal."""
+    data = msgspec.json.decode(msgspec.json.encode(info["data"]))
+    target = make_target("x", info["driver_volume_type"], data, ConnectorSettings())
+    assert CANARY not in f"{target!r} {target.identity}"
+    noted = json.dumps(library.without_secrets(data))
+    assert not [key for key in SECRETS if f'"{key}"' in noted]
+
+
+@given(
+    st.builds("{}:{}".format, st.sampled_from([*DRIVERS, "iscsii"]), odd_text)
+    | st.builds(
+        "{}://user%{}{}@{}/iqn.2026-01.org.example:x/{}".format,
+        st.sampled_from(["iscsi", "iscsii"]),
+        st.just(CANARY),
+        st.sampled_from(["", "/", "@", "%", "//"]),
+        odd_text,
+        odd_text,
+    ),
+    st.dictionaries(st.sampled_from(ENVIRONMENT), odd_text, max_size=2),
+)
+@example(f"iscsii://user%{CANARY}/x@127.0.0.1/iqn.x/1", {})
+async def test_any_url_is_a_source_or_a_source_error(url: str, environment: dict[str, str]) -> None:
+    caller_environment(environment)
+    with refusals_in_one_line(SourceError):
+        check(parse_source(url, environment))
+    with refusals_in_one_line(SourceError):
+        driver, made, _ = parse_prefix(url, environment)
+        assert CANARY not in repr(made)
+        backend_class(driver)("b", made)
