@@ -197,3 +197,114 @@ async def test_any_url_is_a_source_or_a_source_error(url: str, environment: dict
         driver, made, _ = parse_prefix(url, environment)
         assert CANARY not in repr(made)
         backend_class(driver)("b", made)
+
+
+# The command, and volfs.toml
+
+
+def _command(*arguments: str) -> str:
+    """Run a volfs command that fails here, in this process; returns its one line."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["volfs", *arguments]
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as end,
+        ):
+            cli.main()
+    finally:
+        sys.argv = before
+    assert end.value.code in (1, 2), err.getvalue()
+    assert out.getvalue() == ""
+    *warnings, line = err.getvalue().splitlines()
+    for shown in (*warnings, line):
+        assert shown.startswith("volfs: ")
+        assert shown.isprintable()
+        assert CANARY not in shown
+    return line
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", "x" * 300])
+def test_a_host_name_that_cannot_be_is_an_error_of_one_line(host: str) -> None:
+    assert _command("ls", f"iscsi://{host}").startswith(f"volfs: iscsi portal {host}:3260: ")
+
+
+driver_tables = st.sampled_from(sorted(DRIVERS)).flatmap(
+    lambda driver: st.fixed_dictionaries(
+        {"driver": st.just(driver)},
+        optional={
+            key: odd
+            | st.sampled_from(
+                [["/x"], "/x", "/x\0y", ["127.0.0.1"], "name", ["a"], 1, 0.5, True, "chap", CANARY]
+            )
+            for key in backend_class(driver).settings_type.__struct_fields__
+        },
+    )
+)
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> Path:
+    path = tmp_path / "volfs.toml"
+    path.touch(0o644)
+    return path
+
+
+@pytest.mark.slow
+@in_one_place
+@given(st.dictionaries(odd_text, driver_tables | odd, max_size=2), st.dictionaries(odd_text, odd, max_size=2))
+@example({"b": {"driver": "rbd", "keyring": "/x\0y"}}, {})
+@example({"b": {"driver": "iscsi", "portals": ["a"], "chap_username": "x", "chap_password_file": "/\0"}}, {})
+@example({"b": {"driver": "iscsi", "portals": ["a"], "connect_timeout": float("nan")}}, {})
+@example({"b": {"driver": "file", "path": "/x", "timeout": 1e308}}, {})
+def test_any_configuration_is_served_or_refused_on_one_line(
+    configuration: Path, backends: dict[str, Any], mount: dict[str, Any]
+) -> None:
+    """All that a mount does before it mounts; the mountpoint is not there."""
+    text = f"mount = {to_toml(_toml(mount))}\nbackends = {to_toml(_toml(backends))}\n"
+    configuration.write_text(text)
+    mountpoint = configuration.parent / "none"
+    line = _command(
+        "mount", str(mountpoint), "-c", str(configuration), "--socket", str(configuration.parent / "s")
+    )
+    assert line.startswith((f"volfs: {configuration}: ", f"volfs: {mountpoint}: ", "volfs: mount.mode: "))
+
+
+def _toml(value: Any) -> Any:
+    """Without what TOML has not."""
+    match value:
+        case dict():
+            return {_text(key): _toml(item) for key, item in value.items() if item is not None}
+        case list():
+            return [_toml(item) for item in value if item is not None]
+        case str():
+            return _text(value)
+        case int() if not isinstance(value, bool):
+            return max(min(value, 2**63 - 1), -(2**63))
+    return value
+
+
+def _text(value: str) -> str:
+    return value.encode(errors="replace").decode()
+
+
+@pytest.mark.slow
+@in_one_place
+@given(
+    st.binary(max_size=50)
+    | json_text.map(str.encode)
+    | connection_infos().map(lambda it: json.dumps(it).encode())
+)
+@example(b'{"a": ' + b"[" * 100_000)
+@example(b"9" * 5000)
+@example(b'{"driver_volume_type": "rbd", "data": {"name": "a/b", "hosts": "\\ud800"}}')
+def test_any_file_with_a_connection_info_is_understood_or_refused(tmp_path: Path, content: bytes) -> None:
+    """By the command, and by the process that would become the daemon."""
+    path = tmp_path / "info.json"
+    path.write_bytes(content)
+    with refusals_in_one_line(SourceError):
+        info = cli._read_json(str(path))
+        with contextlib.suppress(TypeError, ValueError):
+            refused = mounting.refuse_request(control.encode(control.Attach(connection_info=info)))
+            assert refused is None or (refused.message.isprintable() and CANARY not in refused.message)

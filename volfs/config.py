@@ -180,7 +180,7 @@ def _backend(name: str, table: Any, where: str) -> tuple[str, Settings]:
         raise ConfigError(f"{where}.timeout: expected seconds above 0, not {settings.timeout:g}")
     for key in settings.paths:
         # A daemon in the background has another working directory than whoever started it.
-        if not all(map(os.path.isabs, _paths(settings, key))):
+        if not all(os.path.isabs(path) and "\0" not in path for path in _paths(settings, key)):
             raise ConfigError(f"{where}.{key}: expected an absolute path, not {getattr(settings, key)!r}")
     return driver, settings
 

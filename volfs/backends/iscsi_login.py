@@ -259,7 +259,7 @@ async def resolve(portal: str, threads: trio.CapacityLimiter) -> list[str]:
     try:
         # The usual case, without a thread. (libiscsi would ask the resolver by itself, with the loop standing still.)
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # a label too long for a name
         try:
             found = await trio.to_thread.run_sync(
                 lambda: socket.getaddrinfo(address, port, type=socket.SOCK_STREAM),
