@@ -308,3 +308,69 @@ def test_any_file_with_a_connection_info_is_understood_or_refused(tmp_path: Path
         with contextlib.suppress(TypeError, ValueError):
             refused = mounting.refuse_request(control.encode(control.Attach(connection_info=info)))
             assert refused is None or (refused.message.isprintable() and CANARY not in refused.message)
+
+
+# The crash journal
+
+FACTS: dict[str, Any] = {
+    "logical_volume": "vg/disk",
+    "uuid": "x",
+    "name": "brick:nfs/x",
+    "protocol": "nfs",
+    "identity": "nfs",
+    "data": {"export": "127.0.0.1:/x"},
+    "options": {
+        "root_helper": "sudo",
+        "lock_path": "/nowhere",
+        "use_multipath": False,
+        "enforce_multipath": False,
+        "device_scan_attempts": 1,
+    },
+    "borrowed": False,
+    "path": "",
+    "mount_point": "",
+    "device_info": {},
+}
+records = st.builds(
+    lambda driver, keys, junk: json.dumps(
+        {"driver": driver, "facts": {key: FACTS[key] for key in keys} | junk}
+    ).encode(),
+    st.sampled_from(sorted(DRIVERS)) | odd_text,
+    st.sets(st.sampled_from(sorted(FACTS))),
+    st.dictionaries(st.sampled_from(sorted(FACTS)) | odd_text, odd, max_size=2),
+)
+
+
+@pytest.fixture
+def journal_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The journal of this test's own, whose records make nobody unmount or deactivate anything."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(brick_connection, "_take_down", lambda *_: None)
+    monkeypatch.setattr(library, "make_connector", lambda *_: (None, None))
+    monkeypatch.setattr(brick_connection, "_volume_lock", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(lvm, "_path_of", lambda _: None)
+    path = tmp_path / "volfs" / "journal"
+    path.mkdir(mode=0o700, parents=True)
+    path.parent.chmod(0o700)
+    return path
+
+
+@pytest.mark.slow
+@in_one_place
+@given(st.binary(max_size=60) | records | json_text.map(str.encode))
+@example(b'{"driver": "brick", "facts": {"data": ' + b"[" * 100_000)
+@example(b'{"driver": "block", "facts": {"logical_volume": 3}}')
+@example(b'{"driver": "a\\u001b[2J\\nb", "facts": {}}')
+def test_a_start_survives_any_journal(
+    journal_directory: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    """And finds what is right in it, however wrong the rest."""
+    caplog.clear()
+    (journal_directory / "brick-1.json").write_bytes(content)
+    (journal_directory / "file-2.json").write_text('{"driver": "file", "facts": {}}')
+    trio.run(recovery.clean_up)
+    assert "Record(file-2.json, file)" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert "bug" not in caplog.text
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert isinstance(journal.living("brick"), list)

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,13 +25,14 @@ from typing import Any
 
 import msgspec
 
-from volfs.errors import BackendError, VolfsError
+from volfs.errors import BackendError, VolfsError, printable
 from volfs.runtime import private_directory, runtime_directory
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".json"
 NEW_SUFFIX = ".new"  # being written
+MAX_RECORD = 4 << 20  # bytes; a connection info, the longest that is noted, comes in a message of 1 MiB
 
 
 class _Content(msgspec.Struct, frozen=True):
@@ -59,7 +61,7 @@ class Record:
         return self._content.facts
 
     def __repr__(self) -> str:
-        return f"Record({os.path.basename(self.path)}, {self.driver})"
+        return printable(f"Record({os.path.basename(self.path)}, {self.driver})")
 
     def update(self, facts: Mapping[str, Any]) -> None:
         """Replace the facts, all at once: who reads them after a crash finds the old ones or the new. BackendError."""
@@ -128,8 +130,8 @@ def living(driver: str, but: Record | None = None) -> list[Mapping[str, Any]]:
             mine = but is not None and but.path == path
             if name.startswith(f"{driver}-") and name.endswith(SUFFIX) and not mine and _is_owned(path):
                 try:
-                    found.append(msgspec.json.decode(Path(path).read_bytes(), type=_Content).facts)
-                except (OSError, msgspec.DecodeError, UnicodeDecodeError):  # of another version
+                    found.append(_decode(Path(path).read_bytes()).facts)
+                except (OSError, ValueError):  # removed since, or of another version
                     continue
     return found
 
@@ -181,6 +183,22 @@ def _write(path: str, content: _Content) -> int:
     return number
 
 
+def _decode(data: bytes) -> _Content:
+    """ValueError for what is no record."""
+    try:
+        return msgspec.json.decode(data, type=_Content)
+    except RecursionError as exc:
+        raise ValueError(str(exc)) from exc
+
+
+def _read(number: int) -> _Content:
+    """The record in a file. ValueError when it is none."""
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_RECORD:
+        raise ValueError(f"expected a file of at most {MAX_RECORD} bytes")
+    return _decode(os.pread(number, status.st_size, 0))
+
+
 def _is_owned(path: str) -> bool:
     """Whether its owner lives. Under the directory's lock, so that nobody takes our look for an owner."""
     try:
@@ -206,7 +224,7 @@ def _take(path: str) -> Record | None:
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.endswith(SUFFIX):
-            content = msgspec.json.decode(os.pread(number, os.fstat(number).st_size, 0), type=_Content)
+            content = _read(number)
             # Who cleans up keeps others from doing so, but is no owner: see `_is_owned`.
             fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
             taken = True
@@ -215,8 +233,8 @@ def _take(path: str) -> Record | None:
             os.unlink(path)
     except BlockingIOError:  # its owner lives
         pass
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        log.warning("%s: not a record of this volfs, left alone: %s", path, exc)
+    except ValueError as exc:  # also those of msgspec
+        log.warning("%s", printable(f"{path}: not a record of this volfs, left alone: {exc}"))
     finally:
         if not taken:
             os.close(number)

@@ -292,7 +292,10 @@ def _unmount(mount_point: str, commands: Commands, options: library.Options) -> 
 
 
 def _clean_up(facts: Mapping[str, Any]) -> None:
-    left = msgspec.convert(facts, _Facts)
+    try:
+        left = msgspec.convert(facts, _Facts)
+    except msgspec.ValidationError as exc:
+        raise VolfsError(f"not what this volfs notes of a connection: {exc}", errno.EINVAL) from exc
     target = Target(left.name, left.protocol, left.data, left.options, CLEAN_UP_SECONDS)
     with _volume_lock(target, _Handover(), trial=True):
         connector, commands = library.make_connector(left.protocol, left.data, left.options, CLEAN_UP_SECONDS)

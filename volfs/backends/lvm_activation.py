@@ -111,7 +111,9 @@ ACTIVATIONS = Activations()  # of all backends: what is active is so for the who
 
 async def clean_up(facts: Mapping[str, Any], timeout: float) -> None:
     """Deactivate what a dead process left active, and its record tells of. What is inactive or gone is fine."""
-    name, uuid = str(facts["logical_volume"]), facts["uuid"]
+    name, uuid = facts.get("logical_volume"), facts.get("uuid")
+    if not isinstance(name, str) or not isinstance(uuid, str):
+        raise VolfsError("expected the name and the UUID of a logical volume", errno.EINVAL)
     try:
         volumes = await lvm.logical_volumes(name.partition("/")[0], timeout)
     except VolumeNotFound:
