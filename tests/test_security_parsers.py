@@ -374,3 +374,104 @@ def test_a_start_survives_any_journal(
     assert "bug" not in caplog.text
     assert all(record.getMessage().isprintable() for record in caplog.records)
     assert isinstance(journal.living("brick"), list)
+
+
+# The control protocol
+
+fields = {name for message in control.Request.__args__ for name in message.__struct_fields__}
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(512))
+    return path
+
+
+@pytest.mark.slow
+@in_one_place
+@given(data=st.data())
+@example(data=None)
+async def test_any_request_is_answered_or_an_error_of_ours(volume: Path, data: st.DataObject | None) -> None:
+    """Through the handler of a daemon, as far as it comes without a storage."""
+    urls = [f"file:{volume}", f"block:{volume}", f"file:{volume}/x", "file:/" + "x/" * 3000]
+    sources = st.sampled_from(urls) | odd_text
+    infos = st.builds(
+        lambda path, more: {"driver_volume_type": "local", "data": {"device_path": path, **more}},
+        st.just(str(volume)) | odd,
+        st.dictionaries(st.sampled_from(sorted(GOOD)), odd, max_size=2),
+    )
+    environments = st.dictionaries(st.sampled_from(ENVIRONMENT) | odd_text, odd_text, max_size=2)
+    requests = st.one_of(
+        st.builds(dict, type=st.just("Hello"), protocol=st.integers(), version=odd_text),
+        st.builds(
+            dict, type=st.just("Attach"), source=sources, name=st.none() | odd_text, hold=st.booleans()
+        ),
+        st.builds(dict, type=st.just("Attach"), connection_info=infos | odd, environment=environments),
+        st.builds(
+            dict, type=st.just("Attach"), source=sources, blank=st.booleans(), environment=environments
+        ),
+        st.builds(
+            dict, type=st.just("Detach"), name=st.just("disk") | odd_text, wait=st.floats(max_value=1e300)
+        ),
+        st.builds(dict, type=st.just("Detach"), lease=st.integers(-5, 5), wait=st.integers(-5, 1)),
+        st.builds(dict, type=st.just("Status"), connection_info=infos, environment=environments),
+    )
+    chosen = [{"type": "Attach", "source": f"file:{volume}"}, {"type": "Detach", "name": "disk", "wait": -1}]
+    if data is not None:
+        chosen += data.draw(st.lists(requests, max_size=8))
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            daemon = Daemon(Config(), str(volume.parent / "mnt"), str(volume.parent / "s"))
+            daemon.background = nursery
+            client = control_client()
+            for each in chosen:
+                with contextlib.suppress(VolfsError):
+                    request = control.decode_request(json.dumps(each).encode())
+                    if each["type"] == "Attach" and _connects(request):
+                        continue
+                    control.encode(await daemon.handle(client, request))
+            await daemon.goodbye(client)
+            await daemon.backends.aclose()
+
+
+def control_client() -> Any:
+    from volfs.control_server import Client
+
+    return Client(os.getpid())
+
+
+def _connects(request: Any) -> bool:
+    """Whether it might lead to a storage that is somewhere else."""
+    try:
+        if request.source is not None:
+            return parse_source(request.source, request.environment).driver not in ("file", "block")
+        return parse_connection_info(request.connection_info, request.environment).driver not in (
+            "file",
+            "block",
+        )
+    except VolfsError:
+        return False
+
+
+replies = st.builds(
+    lambda kind, fields_: json.dumps({"type": kind, **fields_}).encode(),
+    st.sampled_from([cls.__name__ for cls in control.Reply.__args__]),
+    st.dictionaries(
+        st.sampled_from(sorted({name for it in control.Reply.__args__ for name in it.__struct_fields__})), odd
+    ),
+)
+
+
+@given(st.binary(max_size=60) | replies | json_text.map(str.encode))
+@example(b'{"type":"Failed","kind":"\xff","errno":1,"message":""}')
+@example(b'{"type":"Done","x":' + b"[" * 100_000)
+@example(b'{"type":"Failed","kind":"errnos","errno":99999999999999999999,"message":"\\u001b[2J"}')
+def test_any_reply_is_one_of_ours_or_a_control_error(line: bytes) -> None:
+    with refusals_in_one_line(ControlError):
+        reply = control.decode_reply(line)
+        if isinstance(reply, control.Failed):
+            assert isinstance(reply.error(), VolfsError)
+            assert str(reply.error()).isprintable()
+    failure = control.decode_failure(line)
+    assert failure is None or isinstance(failure, VolfsError)

@@ -15,7 +15,7 @@ import socket
 import stat
 import struct
 import time
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -61,7 +61,7 @@ class Detach(msgspec.Struct, tag=True, kw_only=True):
 
     lease: int | None = None
     name: str | None = None
-    wait: float = 5.0
+    wait: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     all_handles: bool = False
 
 
@@ -164,6 +164,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 _request_decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _reply_decoder: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
+_NOT_A_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for one
 
 
 def encode(message: Request | Reply) -> bytes:
@@ -175,15 +176,23 @@ def decode_request(line: bytes) -> Request:
     """ControlError (EPROTO) for anything but a request."""
     try:
         return _request_decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except _NOT_A_MESSAGE as exc:
         raise ControlError(f"not a request: {exc}", errno.EPROTO) from exc
+
+
+def decode_reply(line: bytes) -> Reply:
+    """ControlError (EPROTO) for anything but a reply."""
+    try:
+        return _reply_decoder.decode(line)
+    except _NOT_A_MESSAGE as exc:
+        raise ControlError(f"no reply of ours: {exc}", errno.EPROTO) from exc
 
 
 def decode_failure(line: bytes) -> VolfsError | None:
     """The exception that a line stands for, if it is a `Failed`."""
     try:
         return msgspec.json.decode(line, type=Failed).error()
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _NOT_A_MESSAGE:
         return None
 
 
@@ -254,11 +263,9 @@ class Client:
 
     def _expect(self, line: bytes, reply: type[R]) -> R:
         try:
-            answer = _reply_decoder.decode(line)
-        except msgspec.DecodeError as exc:
-            raise ControlError(
-                f"the daemon at {self.path} sent no reply of ours: {exc}", errno.EPROTO
-            ) from exc
+            answer = decode_reply(line)
+        except ControlError as exc:
+            raise ControlError(f"the daemon at {self.path} sent {exc}", errno.EPROTO) from exc
         if isinstance(answer, Failed):
             raise answer.error()
         if not isinstance(answer, reply):
@@ -271,7 +278,7 @@ class Client:
         """ControlError (EPROTO) when a daemon of another version answers, even if its Welcome is not as ours."""
         try:
             daemon = msgspec.json.decode(line, type=_Spoken)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except _NOT_A_MESSAGE:
             return
         if daemon.protocol != PROTOCOL:
             newer = f"use volfs {daemon.version}, or " if daemon.protocol > PROTOCOL else ""
