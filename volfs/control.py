@@ -1,8 +1,8 @@
 """The control protocol between clients and the daemon: typed messages, and the client's end. No volume logic.
 
-A stream socket that only its owner may use. Each message is one line of JSON, at most MAX_MESSAGE bytes. The client
-begins with `Hello`, the daemon answers `Welcome`; then each request gets one reply, in order. A connection is what a
-client's leases hang on: when it ends, however it ends, they are given up.
+A stream socket that only its owner may use. Each message is one line of JSON, a request one of at most MAX_MESSAGE
+bytes. The client begins with `Hello`, the daemon answers `Welcome`; then each request gets one reply, in order. A
+connection is what a client's leases hang on: when it ends, however it ends, they are given up.
 
 No event loop here, since programs import this through the Python API; the daemon's end is control_server.py.
 """
@@ -25,7 +25,9 @@ from volfs.runtime import runtime_directory
 from volfs.version import VERSION
 
 PROTOCOL = 1
-MAX_MESSAGE = 1 << 20
+MAX_MESSAGE = (
+    1 << 18
+)  # of a request; a connection info has a few KiB, and some 100 bytes for each path to a target
 TIMEOUT = 60.0  # seconds a client waits for a reply, unless the request is one that waits
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import stat
@@ -31,11 +32,18 @@ from volfs.version import VERSION
 
 log = logging.getLogger(__name__)
 
-MAX_CLIENTS = 512  # further ones wait in the socket's backlog
-BACKLOG = 64
+# Connected at once. When a further one comes, one has to go that holds no lease and has been waited for (to ask, or to
+# read its reply) for IDLE_SECONDS: nobody keeps others out by doing nothing.
+MAX_CLIENTS = 512
+IDLE_SECONDS = 0.25
+BACKLOG = 64  # further ones wait to be accepted
+SHORT = 1 << 14  # bytes of a request that every client may send at once
+MAX_LONG = 4  # clients whose requests may be longer, up to MAX_MESSAGE, at once; the others wait for them
+REQUEST_SECONDS = 30.0  # from the first byte of a request to its last, or the client is dropped
 RETRY_SECONDS = 1.0  # to accept, when the process or the system is short of something
 SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 SEND_SECONDS = 10.0  # a client that does not read its reply that long is dropped
+LAST_SEND_SECONDS = 1.0  # and when the daemon ends
 
 
 @dataclass(eq=False)
@@ -44,6 +52,7 @@ class Client:
 
     pid: int
     leases: set[int] = field(default_factory=set)
+    idle_since: float = math.inf  # of trio's clock: waited for since then
 
 
 Handler = Callable[[Client, Request], Awaitable[Reply]]
@@ -129,6 +138,9 @@ class ControlServer:
         self._handle = handle
         self._goodbye = goodbye
         self._waiting: set[trio.CancelScope] = set()  # for what `stop` need not wait for
+        self._idle: dict[Client, trio.CancelScope] = {}  # waits for clients, the longest first
+        self._slots = trio.Semaphore(MAX_CLIENTS)
+        self._long = trio.Semaphore(MAX_LONG)
         self._stopping = False
         self.stopped = trio.Event()
         self.clients = 0
@@ -136,7 +148,6 @@ class ControlServer:
     async def serve(self, listener: socket.socket) -> None:
         """Serve until `stop`; then return when the requests under way are answered."""
         acceptor = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
-        slots = trio.Semaphore(MAX_CLIENTS)
 
         async def serve_one(stream: trio.SocketStream) -> None:
             self.clients += 1
@@ -148,22 +159,25 @@ class ControlServer:
                 log.exception("control: unexpected error; a bug in volfs")
             finally:
                 self.clients -= 1
-                slots.release()
+                self._slots.release()
                 await trio.aclose_forcefully(stream)
 
         async with acceptor, trio.open_nursery() as nursery:
             with self._until_stop():
                 while not self._stopping:
-                    await slots.acquire()
                     try:
                         stream = await acceptor.accept()
                     except OSError as exc:
                         if exc.errno not in SCARCE:
                             raise
                         log.error("control: cannot accept a client: %s", exc.strerror)
-                        slots.release()
                         await trio.sleep(RETRY_SECONDS)
                         continue
+                    try:
+                        await self._take_slot()
+                    except BaseException:
+                        await trio.aclose_forcefully(stream)
+                        raise
                     nursery.start_soon(serve_one, stream)
         self.stopped.set()
 
@@ -172,6 +186,24 @@ class ControlServer:
         self._stopping = True
         for scope in self._waiting:
             scope.cancel()
+        for scope in self._idle.values():
+            scope.deadline = min(scope.deadline, trio.current_time() + LAST_SEND_SECONDS)
+
+    async def _take_slot(self) -> None:
+        """Wait for a slot, and have an idle client make room."""
+        while True:
+            with trio.move_on_after(IDLE_SECONDS / 4):
+                if self._slots.value == 0:
+                    self._drop_idle()
+                await self._slots.acquire()
+                return
+
+    def _drop_idle(self) -> None:
+        for client, scope in self._idle.items():
+            if not client.leases and trio.current_time() - client.idle_since > IDLE_SECONDS:
+                log.debug("control: process %d is idle; dropped for another", client.pid)
+                scope.cancel()
+                return
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
         pid, uid = peer_credentials(stream.socket)
@@ -181,7 +213,7 @@ class ControlServer:
         client = Client(pid)
         hello: Hello | None = None
         try:
-            async with aclosing(self._lines(stream)) as lines:
+            async with aclosing(self._lines(client, stream)) as lines:
                 async for line in lines:
                     last = False
                     try:
@@ -197,12 +229,12 @@ class ControlServer:
                         last = True
                     else:
                         reply = await self._answer(client, request)
-                    with trio.fail_after(SEND_SECONDS):
+                    with self._wait_for(client, SEND_SECONDS) as scope:
                         await stream.send_all(encode(reply))
-                    if last:
+                    if scope.cancelled_caught:
+                        log.warning("control: process %d does not read its replies; dropped", pid)
+                    if last or scope.cancelled_caught:
                         return
-        except trio.TooSlowError:
-            log.warning("control: process %d does not read its replies; dropped", pid)
         finally:
             with trio.CancelScope(shield=True):
                 await self._goodbye(client)
@@ -216,27 +248,63 @@ class ControlServer:
             log.exception("control: unexpected error; a bug in volfs")
             return failure(OSError(errno.EIO, f"unexpected error in the daemon: {type(exc).__name__}"))
 
-    async def _lines(self, stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
-        """The client's lines, without their ends. An endless one ends the connection, as garbage does."""
-        buffer = b""
-        while True:
-            line, newline, rest = buffer.partition(b"\n")
-            if newline:
-                buffer = rest
-                yield line
-                continue
-            if len(buffer) > MAX_MESSAGE:
-                yield b""  # no request, and answered so
-                return
-            chunk = b""
-            with self._until_stop():
-                try:
-                    chunk = await stream.receive_some(65536)
-                except trio.BrokenResourceError:
+    async def _lines(self, client: Client, stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
+        """The client's lines, without their ends. An endless one ends the connection, as garbage does.
+
+        The place of a long one is kept until the next line is asked for: what is made of it takes memory as well.
+        """
+        buffer = bytearray()
+        seen = 0  # of these no end of a line
+        deadline = math.inf
+        is_long = False
+        try:
+            while True:
+                end = buffer.find(b"\n", seen)
+                if end >= 0:
+                    line = bytes(buffer[:end])
+                    del buffer[: end + 1]
+                    seen, deadline = 0, math.inf
+                    yield line
+                    if is_long:
+                        self._long.release()
+                        is_long = False
+                    continue
+                if len(buffer) > MAX_MESSAGE:
+                    yield b""  # no request, and answered so
                     return
-            if not chunk:
-                return
-            buffer += chunk
+                seen = len(buffer)
+                if buffer:
+                    deadline = min(deadline, trio.current_time() + REQUEST_SECONDS)
+                chunk = b""
+                with self._until_stop(), self._wait_for(client, deadline - trio.current_time()) as scope:
+                    if len(buffer) >= SHORT and not is_long:
+                        await self._long.acquire()
+                        is_long = True
+                    try:
+                        chunk = bytes(await stream.receive_some(65536 if is_long else SHORT))
+                    except trio.BrokenResourceError:
+                        return
+                if scope.cancelled_caught and trio.current_time() >= deadline:
+                    log.warning("control: process %d does not finish its request; dropped", client.pid)
+                if not chunk:
+                    return
+                buffer += chunk
+        finally:
+            if is_long:
+                self._long.release()
+
+    @contextmanager
+    def _wait_for(self, client: Client, seconds: float) -> Iterator[trio.CancelScope]:
+        """Wait for the client to do something; cancelled after `seconds`, or when another needs its place."""
+        if self._stopping:
+            seconds = min(seconds, LAST_SEND_SECONDS)
+        with trio.move_on_after(max(seconds, 0)) as scope:
+            client.idle_since = trio.current_time()
+            self._idle[client] = scope
+            try:
+                yield scope
+            finally:
+                del self._idle[client]
 
     @contextmanager
     def _until_stop(self) -> Iterator[None]:

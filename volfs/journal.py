@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".json"
 NEW_SUFFIX = ".new"  # being written
-MAX_RECORD = 4 << 20  # bytes; a connection info, the longest that is noted, comes in a message of 1 MiB
+MAX_RECORD = 1 << 20  # bytes; a connection info, the longest that is noted, is shorter (control.MAX_MESSAGE)
 
 
 class _Content(msgspec.Struct, frozen=True):
