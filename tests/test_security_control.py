@@ -26,8 +26,9 @@ from test_control import NOBODY, as_nobody
 from volfs import api, control_server
 from volfs.control import MAX_MESSAGE, Attach, Attached, Client, Hello, Status, StatusReply, encode
 
-ANSWER_SECONDS = 1.0 * SLOWER
-MEMORY = 96 * MIB  # that the daemon may take in addition, whatever is sent to it
+# On a machine whose processors have nothing else to do.
+ANSWER_SECONDS = 1.0 * SLOWER * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+MEMORY = 64 * MIB  # that the daemon may take in addition, whatever is sent to it
 SECONDS = 30.0 * SLOWER
 HELLO = encode(Hello())
 STATUS = encode(Status())
@@ -244,7 +245,7 @@ def test_giant_messages(watch: Watch, connect: Callable[[], socket.socket]) -> N
         welcome, answer = rest(connection).splitlines()
         assert (json.loads(welcome)["type"], json.loads(answer)["type"]) == ("Welcome", "Failed")
 
-    in_threads(64, work)
+    in_threads(32, work)
 
 
 @pytest.mark.parametrize("end", [b"", b"\n"], ids=["endless", "ended"])

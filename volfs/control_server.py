@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 MAX_CLIENTS = 512
 IDLE_SECONDS = 0.25
 BACKLOG = 64  # further ones wait to be accepted
-SHORT = 1 << 14  # bytes of a request that every client may send at once
+SHORT = (
+    1 << 14
+)  # bytes of a request that every client may send at once, and of replies that the kernel keeps for it
 MAX_LONG = 4  # clients whose requests may be longer, up to MAX_MESSAGE, at once; the others wait for them
 REQUEST_SECONDS = 30.0  # from the first byte of a request to its last, or the client is dropped
 RETRY_SECONDS = 1.0  # to accept, when the process or the system is short of something
@@ -141,13 +143,13 @@ class ControlServer:
         self._idle: dict[Client, trio.CancelScope] = {}  # waits for clients, the longest first
         self._slots = trio.Semaphore(MAX_CLIENTS)
         self._long = trio.Semaphore(MAX_LONG)
+        self._decoding = trio.Lock()
         self._stopping = False
         self.stopped = trio.Event()
         self.clients = 0
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve until `stop`; then return when the requests under way are answered."""
-        acceptor = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
 
         async def serve_one(stream: trio.SocketStream) -> None:
             self.clients += 1
@@ -162,23 +164,27 @@ class ControlServer:
                 self._slots.release()
                 await trio.aclose_forcefully(stream)
 
-        async with acceptor, trio.open_nursery() as nursery:
-            with self._until_stop():
-                while not self._stopping:
-                    try:
-                        stream = await acceptor.accept()
-                    except OSError as exc:
-                        if exc.errno not in SCARCE:
-                            raise
-                        log.error("control: cannot accept a client: %s", exc.strerror)
-                        await trio.sleep(RETRY_SECONDS)
-                        continue
-                    try:
-                        await self._take_slot()
-                    except BaseException:
-                        await trio.aclose_forcefully(stream)
-                        raise
-                    nursery.start_soon(serve_one, stream)
+        with listener.dup() as acceptor:
+            acceptor.setblocking(False)
+            async with trio.open_nursery() as nursery:
+                with self._until_stop():
+                    while not self._stopping:
+                        await trio.lowlevel.wait_readable(acceptor)
+                        try:
+                            # All that wait: the last of them, one in a turn, would wait for what the others ask.
+                            for _ in range(BACKLOG):
+                                connection, _ = acceptor.accept()
+                                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHORT)
+                                stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+                                await self._take_slot(stream)
+                                nursery.start_soon(serve_one, stream)
+                        except BlockingIOError:
+                            continue
+                        except OSError as exc:
+                            if exc.errno not in SCARCE:
+                                raise
+                            log.error("control: cannot accept a client: %s", exc.strerror)
+                            await trio.sleep(RETRY_SECONDS)
         self.stopped.set()
 
     def stop(self) -> None:
@@ -189,14 +195,18 @@ class ControlServer:
         for scope in self._idle.values():
             scope.deadline = min(scope.deadline, trio.current_time() + LAST_SEND_SECONDS)
 
-    async def _take_slot(self) -> None:
-        """Wait for a slot, and have an idle client make room."""
-        while True:
-            with trio.move_on_after(IDLE_SECONDS / 4):
-                if self._slots.value == 0:
-                    self._drop_idle()
-                await self._slots.acquire()
-                return
+    async def _take_slot(self, stream: trio.SocketStream) -> None:
+        """Wait for a slot, if there is none, and have an idle client make room. The stream is closed when cancelled."""
+        try:
+            while self._slots.value == 0:
+                self._drop_idle()
+                with trio.move_on_after(IDLE_SECONDS / 4):
+                    await self._slots.acquire()
+                    return
+            self._slots.acquire_nowait()
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
 
     def _drop_idle(self) -> None:
         for client, scope in self._idle.items():
@@ -219,7 +229,7 @@ class ControlServer:
                     try:
                         if hello is not None:
                             _check_protocol(hello)  # it has our Welcome, and should have left
-                        request = decode_request(line)
+                        request = await self._decode(line)
                         if isinstance(request, Hello):
                             hello = request
                         elif hello is None:
@@ -238,6 +248,13 @@ class ControlServer:
         finally:
             with trio.CancelScope(shield=True):
                 await self._goodbye(client)
+
+    async def _decode(self, line: bytes) -> Request:
+        if len(line) < SHORT:
+            return decode_request(line)
+        async with self._decoding:  # it may take 0.1 s: others have their turn between one and the next
+            await trio.lowlevel.checkpoint()
+            return decode_request(line)
 
     async def _answer(self, client: Client, request: Request) -> Reply:
         try:
