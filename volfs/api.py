@@ -21,6 +21,7 @@ from volfs import control
 from volfs.backends import caller_environment, is_url, split_url
 from volfs.control import Attach, Attached, Client, Detach, Done, Status, StatusReply, Unmount
 from volfs.errors import ControlError, MountError, SourceError, VolfsError, VolumeNotFound
+from volfs.runtime import private_directory
 
 ATTACH_SECONDS = 180.0  # for a backend to be connected to, and asked
 CLOSE_SECONDS = 60.0  # for the backend to let go of a volume
@@ -143,6 +144,7 @@ def unmount(mountpoint: str, *, force: bool = False, timeout: float = 300.0) -> 
         subprocess.run(["fusermount3", "-u", "-z", "--", mountpoint], check=True, timeout=STOP_SECONDS)
         return
     with _running(socket_path) as client:
+        _check_same(mountpoint, client)
         client.call(Unmount(force=force), Done, timeout=timeout)
         client.close()
         _wait_ended(client.pid, STOP_SECONDS)
@@ -156,11 +158,39 @@ def control_of(mountpoint: str) -> str:
 def mount_attribute(path: str, key: str) -> str:
     """The extended attribute user.volfs.<key> of a path on a mount. MountError where there is none."""
     try:
-        return os.fsdecode(os.getxattr(path, f"user.volfs.{key}"))
+        value = os.fsdecode(os.getxattr(path, f"user.volfs.{key}"))
+        # An ordinary file has the attribute when somebody has copied it there.
+        if _is_volfs(os.stat(path).st_dev):
+            return value
     except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            raise MountError(f"{path}: not on a volfs mount", errno.EINVAL) from exc
-        raise path_error(path, exc) from exc
+        if exc.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise path_error(path, exc) from exc
+    raise MountError(f"{path}: not on a volfs mount", errno.EINVAL)
+
+
+def _is_volfs(device: int) -> bool:
+    """Whether the number is that of a file system of this type, see proc(5) on mountinfo."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
+        for line in mounts:
+            where, _, what = line.partition(" - ")
+            if where.split()[2] == number:
+                return what.split()[0] == "fuse.volfs"
+    return False
+
+
+def _check_same(mountpoint: str, client: Client) -> None:
+    """MountError when the daemon serves another mount than the one whose attribute has led us to it.
+
+    Anybody may run a file system that calls itself volfs, and names the socket of somebody else's daemon.
+    """
+    served = client.welcome.mountpoint
+    try:
+        same = os.stat(served).st_dev == os.stat(mountpoint).st_dev
+    except OSError:  # mounted in another name space, where this one has a copy of it
+        return
+    if not same:
+        raise MountError(f"{mountpoint}: the daemon that it names serves {served}", errno.EINVAL)
 
 
 def path_error(path: str, exc: OSError) -> MountError:
@@ -344,8 +374,12 @@ class _running:
 
 def _start_daemon(path: str, request: Attach | None) -> None:
     """Start a daemon at the socket. However many callers race, one does it and the others wait for that."""
+    # Before anything is made or waited for there: where others may write, a link would lead us elsewhere.
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        private_directory(os.path.dirname(path))
+    except ControlError as exc:
+        raise ControlError(f"cannot start a volfs daemon: {exc}", exc.errno) from exc
+    try:
         lock = _open_private(path + ".start", os.O_WRONLY | os.O_CREAT)
     except OSError as exc:
         raise ControlError(f"cannot start a volfs daemon: {exc.filename}: {exc.strerror}", exc.errno) from exc

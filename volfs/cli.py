@@ -307,7 +307,7 @@ def status(as_json: bool, socket: str | None) -> None:
     from volfs import api, report
 
     reply = api.status(socket_path=socket)
-    print(msgspec.json.encode(reply).decode() if as_json else report.status(reply))
+    print(json.dumps(msgspec.to_builtins(reply)) if as_json else report.status(reply))
 
 
 def _ceph_environment(conf: str | None, user: str | None) -> None:

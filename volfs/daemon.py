@@ -289,7 +289,7 @@ class Daemon:
             attached=[
                 control.AttachedStatus(
                     name=it.name,
-                    source=it.info.source.url,
+                    source=_utf8(it.info.source.url),
                     size=it.info.size,
                     leases=len(it.leases),
                     handles=len(self._handles(it)),
@@ -299,7 +299,7 @@ class Daemon:
             ],
             open=[
                 control.OpenStatus(
-                    source=volume.source.url,
+                    source=_utf8(volume.source.url),
                     size=volume.properties.size,
                     writable=volume.properties.writable,
                     handles=volume.handles,
@@ -326,6 +326,11 @@ class Daemon:
         if self.errors:
             return control.failure(self.errors[0])
         return control.Done()
+
+
+def _utf8(text: str) -> str:
+    """What has room in a message: the stray bytes of a file's name are spelt out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 async def _announce(config: Config, mountpoint: str, ready: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ import trio
 from volfs import control, daemon
 from volfs.attached import check_name
 from volfs.config import Config
-from volfs.errors import ConfigError, ControlError, MountError, SourceError, VolfsError
+from volfs.errors import ConfigError, ControlError, MountError, SourceError, VolfsError, printable
 from volfs.runtime import private_directory
 from volfs.source import parse_connection_info, parse_source
 
@@ -124,9 +124,18 @@ def tell_parent(number: int) -> None:
 
 
 def log_to_stderr(*, verbose: bool) -> None:
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine(LOG_FORMAT))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     if not verbose:
         logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    """Each message is one line, whatever is in the names it tells. A traceback, a bug, has lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def _allow_many_files() -> None:

@@ -261,7 +261,11 @@ class RbdBackend(Backend):
                 yield Directory(name)
         elif not _namespace_exists(ioctx, namespace):  # to RADOS it would be an empty one
             raise VolumeNotFound(f"rbd:{pool}/{namespace}: no such namespace")
-        images = [image for image in rbd.RBD().list2(ioctx) if _is_name(image["name"])]
+        try:
+            listed = list(rbd.RBD().list2(ioctx))
+        except UnicodeDecodeError:  # one name that is no text, and the library lists none
+            listed = list(rbd_header.read_directory(ioctx))
+        images = [image for image in listed if _is_name(image["name"])]
         headers = rbd_header.read_headers(ioctx, [image["id"] for image in images])
         found = [
             (image, header, snapshot)

@@ -74,6 +74,23 @@ class Header:
         return (periods * self.stripe_count) + min(units, self.stripe_count)
 
 
+def read_directory(ioctx: Any) -> Iterator[dict[str, str]]:
+    """Name and id of each image in the pool, by the omap of `rbd_directory`. Bytes that are no text are surrogates."""
+    import rados
+
+    after = ""
+    while True:
+        with rados.ReadOpCtx() as operation:
+            values, _ = ioctx.get_omap_vals(operation, after, "id_", OMAP_PAGE)
+            ioctx.operate_read_op(operation, "rbd_directory")
+            page = dict(values)
+        for key, value in page.items():
+            yield {"id": key.removeprefix("id_"), "name": _text(value, 0)[0]}
+        if len(page) < OMAP_PAGE:
+            return
+        after = max(page)
+
+
 def read_image_id(ioctx: Any, name: str) -> str:
     """The id of the image of that name; raises rados.ObjectNotFound."""
     return _text(ioctx.read(f"rbd_id.{name}"), 0)[0]
