@@ -336,7 +336,8 @@ class Filesystem(Refusals):
 
     async def _truncate(self, node: Node, size: int, fh: int | None, thread: int) -> None:
         assert isinstance(node, VolumeNode)
-        opening = self._files.opening(node, thread) if fh is None and size == 0 else None
+        read_only = self._access.read_only or node.info.read_only  # whoever opened it did so to read
+        opening = self._files.opening(node, thread) if fh is None and size == 0 and not read_only else None
         if opening is not None:  # open(2) with O_TRUNC: the size is the backend's
             opening.truncate_at_open()
             return
@@ -344,7 +345,7 @@ class Filesystem(Refusals):
             if fh is not None:
                 await self._files[fh].extend()
             return
-        if not node.backend.settings.resize or self._access.read_only or node.info.read_only:
+        if not node.backend.settings.resize or read_only:
             raise VolfsError(f"{node.info.source.url}: its size is the backend's", errno.EPERM)
         volume = await self._volumes.open(node.backend, node.info.source, writable=True)
         try:
