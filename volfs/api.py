@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from volfs import control
-from volfs.backends import caller_environment, is_url, split_url
+from volfs.backends import caller_environment, is_url, secret_variables, split_url
 from volfs.control import Attach, Attached, Client, Detach, Done, Status, StatusReply, Unmount
 from volfs.errors import ControlError, MountError, SourceError, VolfsError, VolumeNotFound
 from volfs.runtime import private_directory
@@ -420,7 +420,11 @@ def _run_mount(path: str, mountpoint: str, request: Attach | None) -> subprocess
     # That process has what parses sources, which this one shall not load. By a pipe: requests hold secrets.
     command += [] if request is None else ["--first-request"]
     first = b"" if request is None else control.encode(request)
-    return subprocess.run(command, capture_output=True, timeout=START_SECONDS, check=False, input=first)
+    # Nor shall it, and what it starts, go on showing them in their environment.
+    environment = {name: value for name, value in os.environ.items() if name not in secret_variables()}
+    return subprocess.run(
+        command, capture_output=True, timeout=START_SECONDS, check=False, input=first, env=environment
+    )
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -113,6 +113,11 @@ def environment_variables() -> set[str]:
     return {name for registration in DRIVERS.values() for name in registration.environment}
 
 
+def secret_variables() -> set[str]:
+    """Of these, those that are a secret."""
+    return {name for name in environment_variables() if "PASSWORD" in name}
+
+
 def _absolute(name: str, value: str) -> str:
     if name in PATHS:
         return os.path.abspath(value)
