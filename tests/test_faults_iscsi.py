@@ -259,6 +259,9 @@ def test_a_lun_that_becomes_read_only_is_EROFS_for_those_who_write_and_goes_on_b
             with within(ENOUGH), raises(errno.EROFS):
                 os.pwrite(file, b"x", 0)
             assert os.pread(file, 4096, 4096) == content[4096:8192]
+            # The next program that is started closes its copy of the descriptor, and Python, and so the proxy, stands
+            # still meanwhile: nothing may be left to flush then.
+            os.fsync(file)
         finally:
             san.tgtd.run(*unit, "readonly=0")
         os.pwrite(file, b"y", 0)
