@@ -52,7 +52,11 @@ def finish(writers: list[Writer], mount: Mount, image: Image, when: str) -> None
     """They close; the image holds what they say, by the mount and past it."""
     for writer in writers:
         writer.stop()
-    wait_until(lambda: not api.status(socket_path=str(mount.socket)).open, "it is closed")
+
+    def sources() -> set[str]:
+        return {it.source for it in api.status(socket_path=str(mount.socket)).open}
+
+    wait_until(lambda: image.url not in sources(), "it is closed")
     for content in (image.read(), path_of(mount, image).read_bytes()):
         for writer in writers:
             writer.journal.verify(content, when)

@@ -166,12 +166,11 @@ def test_a_storage_that_hangs_takes_little_from_the_speed_of_another(pair: Pair)
             listed = subprocess.run(["ls", "-l", pair.mount.path], capture_output=True, check=True)
             assert {b"sick", b"healthy"} <= set(listed.stdout.split())
             status = api.status(socket_path=str(pair.mount.socket))
-            assert {it.source for it in status.open} == {pair.sick.url, pair.healthy.url} or status.open
+            assert len(status.open) == 2
             assert time.monotonic() - begun < STATUS_SECONDS
             assert readers.poll() is None
         assert statistics.median(sorted(during)[-WINDOWS:]) >= goal
-        assert min(latencies) < LATENCY_SECONDS
-    assert "no answer within" not in pair.healthy.url
+        assert sorted(latencies)[WINDOWS - 1] < LATENCY_SECONDS
 
 
 def test_a_listing_or_an_open_that_hangs_holds_up_no_other(pair: Pair) -> None:
