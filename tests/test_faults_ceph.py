@@ -91,6 +91,7 @@ def monitor_dies(services: Services) -> Iterator[None]:
         yield
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", [osd_stands_still, osd_dies, monitor_dies])
 def test_programs_wait_and_go_on_when_ceph_is_back_within_the_timeout(
     services: Services,

@@ -131,8 +131,15 @@ def test_whatever_ends_a_mount_under_load_all_that_was_acknowledged_is_on_the_st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGTERM", "umount"])
-@pytest.mark.parametrize("sick", ["rbd", "iscsi"])
+@pytest.mark.parametrize(
+    ("sick", "how"),
+    [
+        ("rbd", "SIGTERM"),
+        pytest.param("rbd", "umount", marks=pytest.mark.thorough),
+        pytest.param("iscsi", "SIGTERM", marks=pytest.mark.thorough),
+        pytest.param("iscsi", "umount", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_exit_code_tells_in_time_that_not_all_has_reached_a_storage_that_hangs(
     storage: Storage, services: Services, tmp_path_factory: pytest.TempPathFactory, sick: str, how: str
 ) -> None:

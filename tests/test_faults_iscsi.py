@@ -149,7 +149,12 @@ def test_a_target_that_is_gone_for_longer_is_an_error_in_time_and_the_same_files
 
 
 @pytest.mark.parametrize(
-    ("kind", "after"), [(DATA_IN, 3), (COMMAND, 5), (DATA_OUT, 1)], ids=["answer", "command", "data"]
+    ("kind", "after"),
+    [
+        pytest.param(DATA_IN, 3, id="answer"),
+        pytest.param(COMMAND, 5, id="command", marks=pytest.mark.thorough),
+        pytest.param(DATA_OUT, 1, id="data", marks=pytest.mark.thorough),
+    ],
 )
 def test_half_a_pdu_and_then_silence_is_a_timeout_for_some_and_the_rest_goes_on(
     san: San, tmp_path: Path, kind: int, after: int
@@ -170,6 +175,7 @@ def test_half_a_pdu_and_then_silence_is_a_timeout_for_some_and_the_rest_goes_on(
         assert any(writer.journal.errors() for writer in writers)
 
 
+@pytest.mark.thorough
 def test_a_target_that_falls_silent_is_a_timeout_and_no_late_write_comes_when_it_speaks_again(
     san: San, tmp_path: Path
 ) -> None:
@@ -231,7 +237,13 @@ def test_a_write_or_a_flush_that_the_target_refuses_is_its_errno_and_the_next_on
             assert san.backing.read_bytes()[:7] == b"welcome"
 
 
-@pytest.mark.parametrize("status", [BUSY, TASK_SET_FULL], ids=["busy", "task-set-full"])
+@pytest.mark.parametrize(
+    "status",
+    [
+        pytest.param(BUSY, id="busy"),
+        pytest.param(TASK_SET_FULL, id="task-set-full", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_target_that_is_busy_is_asked_again_and_is_a_timeout_in_the_end(san: San, status: int) -> None:
     with opened(san.path, os.O_RDWR | os.O_DIRECT) as file:
         passing = san.between.answer(READS | WRITES | FLUSHES, status, times=4)

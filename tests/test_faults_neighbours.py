@@ -89,7 +89,7 @@ class Pair:
                 self.between.heal()
 
 
-@pytest.fixture(params=["rbd", "iscsi"])
+@pytest.fixture
 def pair(
     request: pytest.FixtureRequest,
     storage: Storage,
@@ -142,6 +142,7 @@ def measure(file: int, chance: random.Random) -> tuple[float, float]:
     return moved / (last - begun), longest
 
 
+@pytest.mark.parametrize("pair", ["rbd", "iscsi"], indirect=True)
 def test_a_storage_that_hangs_takes_little_from_the_speed_of_another(pair: Pair) -> None:
     pair.healthy.write(random_bytes(SIZE))
     chance = random.Random(1)
@@ -173,6 +174,8 @@ def test_a_storage_that_hangs_takes_little_from_the_speed_of_another(pair: Pair)
         assert sorted(latencies)[WINDOWS - 1] < LATENCY_SECONDS
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("pair", ["rbd", "iscsi"], indirect=True)
 def test_a_listing_or_an_open_that_hangs_holds_up_no_other(pair: Pair) -> None:
     """More of them than there are tasks for names and opens of one backend at a time."""
     command = ["ls", "-l", pair.sick_path.parent]
@@ -192,6 +195,7 @@ def test_a_listing_or_an_open_that_hangs_holds_up_no_other(pair: Pair) -> None:
     assert pair.healthy.read()[:7] == b"written"
 
 
+@pytest.mark.parametrize("pair", ["rbd", pytest.param("iscsi", marks=pytest.mark.thorough)], indirect=True)
 def test_a_signal_is_obeyed_at_once_and_the_healthy_volume_is_whole_while_another_hangs(pair: Pair) -> None:
     with contextlib.ExitStack() as stack:
         healthy = os.open(pair.healthy_path, os.O_WRONLY)
