@@ -80,7 +80,8 @@ def mounted(
     require_fuse()
     path = mountpoint or directory / "mnt"
     socket, log_path = directory / "control", directory / "volfs.log"
-    path.mkdir(parents=True, exist_ok=True)
+    if not is_mounted(path):  # by a daemon that was killed, which mkdir does not get past
+        path.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o700)
     command = [*volfs, "mount", str(path), *prefixes, "--socket", str(socket), *options]
     with log_path.open("w") as log:

@@ -150,14 +150,15 @@ class Target:
 
 
 @contextlib.contextmanager
-def running_tgtd() -> Iterator[Tgtd]:
+def running_tgtd(directory: str | None = None) -> Iterator[Tgtd]:
+    """Its volumes are below `directory`; a disk that others use, too, may take seconds for a flush."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     if not shutil.which("tgtd"):
         skip_or_fail("iscsi", "tgtd is not installed (scripts/setup)")
     with tempfile.TemporaryDirectory(
-        prefix="tgt"
-    ) as directory:  # short: a socket's path has room for 107 bytes
-        tgtd = Tgtd(Path(directory), free_port())
+        prefix="tgt", dir=directory
+    ) as made:  # short: a socket's path has room for 107 bytes
+        tgtd = Tgtd(Path(made), free_port())
         try:
             tgtd.start()
             yield tgtd

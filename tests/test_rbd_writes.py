@@ -31,7 +31,6 @@ class Library:
         self.numbers: list[int] = []  # of these, in the same order
         self.begun = 0
         self.reads = 0
-        self.failure = 0
         self._wake = wake
         self._wake_at: tuple[int, int] | None = None
 

@@ -70,11 +70,14 @@ class RbdImage(BackendVolume):
         return data
 
     async def pwrite(self, offset: int, data: bytes | memoryview) -> None:
-        """Returns before the cluster has answered; if that is an error, the next write and the next flush raise it."""
+        """Returns before the cluster has answered; if that is an error, the next write and the next flush raise it.
+
+        The write only once: a program that tries again when the cluster is well, without a flush, would never get on.
+        """
         self.check_writable(self._url)
         self._dirty = True
         requests = self._writes.requests
-        self._raise_failure(requests.failure)
+        self._raise_failure(requests.take_untold())
         await self._writes.room(offset, len(data))
         try:
             requests.write(offset, data)
@@ -89,7 +92,7 @@ class RbdImage(BackendVolume):
 
     def start_write(self, offset: int, data: memoryview) -> bool:
         requests = self._writes.requests
-        if not self._writable or requests.failure or not self._writes.room_now(offset, len(data)):
+        if not self._writable or requests.untold or not self._writes.room_now(offset, len(data)):
             return False
         self._dirty = True
         requests.write(offset, data)

@@ -51,7 +51,8 @@ struct state {
     struct op reads, writes; /* the heads of two rings */
     uint64_t begun; /* writes, so far */
     size_t read_count, write_count, write_bytes;
-    int failure;                     /* errno of the first write that failed, until it is told */
+    int failure;                     /* errno of the first write that failed, until a flush tells it */
+    int untold;                      /* of the last one that failed since a write told one */
     PyObject *wake;                  /* called when somebody waits for what has come; borrowed of the object */
     size_t wake_count, wake_bytes;   /* he waits for as few writes as this */
     int wake_wanted;
@@ -135,8 +136,11 @@ static void written(rbd_completion_t completion, void *arg)
 
     rbd_aio_release(completion);
     pthread_mutex_lock(&state->lock);
-    if (status < 0 && !state->failure)
-        state->failure = -status;
+    if (status < 0) {
+        if (!state->failure)
+            state->failure = -status;
+        state->untold = -status;
+    }
     take_out(op);
     state->write_count--;
     state->write_bytes -= op->length;
@@ -318,9 +322,20 @@ static PyObject *image_take_failure(Image *self, PyObject *unused)
 
     pthread_mutex_lock(&self->state->lock);
     failure = self->state->failure;
-    self->state->failure = 0;
+    self->state->failure = self->state->untold = 0;
     pthread_mutex_unlock(&self->state->lock);
     return PyLong_FromLong(failure);
+}
+
+static PyObject *image_take_untold(Image *self, PyObject *unused)
+{
+    int untold;
+
+    pthread_mutex_lock(&self->state->lock);
+    untold = self->state->untold;
+    self->state->untold = 0;
+    pthread_mutex_unlock(&self->state->lock);
+    return PyLong_FromLong(untold);
 }
 
 static PyObject *image_expire(Image *self, PyObject *args)
@@ -373,9 +388,9 @@ static PyObject *get_begun(Image *self, void *unused)
     return PyLong_FromUnsignedLongLong(begun);
 }
 
-static PyObject *get_failure(Image *self, void *unused)
+static PyObject *get_untold(Image *self, void *unused)
 {
-    return PyLong_FromLong(self->state->failure);
+    return PyLong_FromLong(self->state->untold);
 }
 
 /* Whoever is woken holds the image as a rule: a cycle, which only the garbage collector sees. */
@@ -414,7 +429,10 @@ static PyMethodDef image_methods[] = {
      "overlaps(offset, length, before): whether a write there is under way, of the first so many that were begun."},
     {"wake_at", (PyCFunction)image_wake_at, METH_VARARGS,
      "wake_at(writes, bytes): call wake once, after a request that leaves so few writes under way."},
-    {"take_failure", (PyCFunction)image_take_failure, METH_NOARGS, "The first failed write's errno; told once. 0: none."},
+    {"take_failure", (PyCFunction)image_take_failure, METH_NOARGS,
+     "For a flush: errno of the first write that failed since the last call. 0: none."},
+    {"take_untold", (PyCFunction)image_take_untold, METH_NOARGS,
+     "For a write: errno of the last one that failed since either was called. 0: none."},
     {"expire", (PyCFunction)image_expire, METH_VARARGS,
      "expire(seconds): answer reads as old as that with ETIMEDOUT; how many."},
     {NULL, NULL, 0, NULL},
@@ -425,7 +443,7 @@ static PyGetSetDef image_members[] = {
     {"writes", (getter)get_size, NULL, "under way", (void *)offsetof(struct state, write_count)},
     {"begun", (getter)get_begun, NULL, "How many writes were begun so far.", NULL},
     {"size", (getter)get_size, NULL, "of the writes under way, in bytes", (void *)offsetof(struct state, write_bytes)},
-    {"failure", (getter)get_failure, NULL, "The first failed write's errno that was not told. 0: none.", NULL},
+    {"untold", (getter)get_untold, NULL, "What take_untold would return.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
