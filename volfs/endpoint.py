@@ -15,7 +15,7 @@ from volfs.api import mount_attribute, open_volume, path_error
 from volfs.backends import is_url
 from volfs.comparing import compare_volume_data
 from volfs.copying import copy_volume_data
-from volfs.descriptors import file_size
+from volfs.descriptors import file_size, uncached
 from volfs.errors import CopyError, MountError, VolfsError
 
 Shown = Callable[[int, int], None]  # bytes done, bytes in all
@@ -84,7 +84,9 @@ def verify(source: str, target: str, *, progress: Shown | None = None) -> Summar
             raise CopyError(
                 f"{target} has {other.size} bytes, {source} has {one.size}", errno.EILSEQ, offset=other.size
             )
-        compare_volume_data(one.file, other.file, one.size, progress=_with_total(progress, one.size))
+        # What the page cache remembers is not what the storage has, and others may keep it there.
+        files = uncached(one.file, 0), uncached(other.file, 0)
+        compare_volume_data(*files, one.size, progress=_with_total(progress, one.size))
     return Summary(source, target, one.size, time.monotonic() - start, verified=True)
 
 
