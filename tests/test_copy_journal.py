@@ -376,6 +376,12 @@ def test_a_terabyte_of_nothing_is_one_block() -> None:
     assert [it.length for it in sums.add(b"\1")] == [4 << 20]
 
 
+@pytest.mark.parametrize("piece", [101, b"x" * 101])
+def test_no_more_is_summed_up_than_there_is(piece: bytes | int) -> None:
+    with pytest.raises(ValueError, match="expected at most 100 bytes at 0, not 101"):
+        list(BlockSums(0, 100, UNIT).add(piece))
+
+
 def test_a_journal_is_no_larger_for_its_holes(path: Path) -> None:
     header = replace(HEADER, size=1 << 60)
     journal = copy_journal.begin(str(path), header)

@@ -40,9 +40,12 @@ class BlockSums:
         self._hash: hashlib._Hash | None = None  # of that block, unless it is zeros so far
 
     def add(self, piece: Piece) -> Iterator[Block]:
-        """Yields the blocks that are complete with it; to be consumed."""
+        """Yields the blocks that are complete with it; to be consumed. ValueError past the end."""
+        length = piece if isinstance(piece, int) else len(piece)
+        if length > self._end - self._at:
+            raise ValueError(f"expected at most {self._end - self._at} bytes at {self._at}, not {length}")
         if isinstance(piece, int) or self._zeroes.startswith(piece):
-            yield from self._add_zeroes(piece if isinstance(piece, int) else len(piece))
+            yield from self._add_zeroes(length)
             return
         rest = memoryview(piece)
         while rest:
