@@ -26,10 +26,11 @@ LAYERS = """
     volfs.cinder.connector volfs.cinder.options volfs.cinder.tempest_plugin.storage
     volfs.cinder.tempest_plugin
     volfs.cinder volfs.mounting volfs.progress volfs.report
+    volfs.resuming
     volfs.catalog volfs.daemon volfs.endpoint
     volfs
-    volfs.api volfs.copying
-    volfs.comparing
+    volfs.api volfs.copying volfs.copy_journal
+    volfs.comparing volfs.block_sums
     volfs.reading
     volfs.descriptors
     volfs.config volfs.control_server

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from services import MIB, Image, Services
-from volumes import random_bytes
+from volumes import backing_file, random_bytes
 
+from volfs import endpoint
 from volfs.comparing import compare_volume_data
 from volfs.copying import BLOCKS_BY_KERNEL, copy_volume_data
 from volfs.descriptors import file_size
@@ -358,6 +359,22 @@ def test_verify_finds_a_bit_that_the_target_lost() -> None:
     exc = failure(copy_volume_data, io.BytesIO(DATA), target, 10_000, block_size=4096, verify=True)
     assert (exc.errno, exc.offset) == (errno.EILSEQ, 5000)
     copy_volume_data(io.BytesIO(DATA), Forgetful(bytes(10_000)), 10_000)  # without, nobody looks
+
+
+def test_verify_reads_what_the_device_has_and_not_what_the_page_cache_remembers(
+    tmp_path: Path, loop_device: Callable[..., Path]
+) -> None:
+    """A disk that has lost a bit is what one looks for. The kernel forgets at the last close, which is not ours."""
+    device = loop_device(2 * MIB)
+    (tmp_path / "source").write_bytes(DATA)
+    paths = str(tmp_path / "source"), str(device)
+    with open(device, "rb"):
+        endpoint.copy(*paths)
+        endpoint.verify(*paths)
+        with open(backing_file(device), "r+b") as file:
+            os.pwrite(file.fileno(), bytes([DATA[5000] ^ 0x10]), 5000)
+        with pytest.raises(CopyError, match="contents differ at offset 5000"):
+            endpoint.verify(*paths)
 
 
 @pytest.mark.parametrize("which", ["source", "target", "target-readable"])

@@ -251,22 +251,43 @@ def info(what: str, as_json: bool, conf: str | None, user: str | None) -> None:
 @click.argument("source")
 @click.argument("target")
 @click.option("--verify", is_flag=True, help="Read both again and compare")
+@click.option("--resume", is_flag=True, help="Keep a journal, and go on where that ends if there is one")
+@click.option("--journal", metavar="FILE", help="The journal of --resume; else one in the state directory")
 @quiet_option
 @json_option
 @conf_option
 @user_option
 def copy(
-    source: str, target: str, verify: bool, quiet: bool, as_json: bool, conf: str | None, user: str | None
+    source: str,
+    target: str,
+    verify: bool,
+    resume: bool,
+    journal: str | None,
+    quiet: bool,
+    as_json: bool,
+    conf: str | None,
+    user: str | None,
 ) -> None:
     """Copy a volume's content. The target must be large enough; it is not created, unless it is an ordinary file.
 
     SOURCE and TARGET: a volume's URL, a path on a volfs mount, a block device or an ordinary file.
+
+    With --resume, the first time as well, the same command goes on where it was interrupted or killed. It refuses when
+    SOURCE or TARGET has changed meanwhile.
     """
     from volfs import endpoint, progress
 
+    if journal is not None and not resume:
+        raise click.UsageError("--journal is for --resume")
     _ceph_environment(conf, user)
+    done: list[endpoint.Summary] = []
     with progress.show("copy", quiet=quiet) as shown:
-        done: list[endpoint.Summary] = [endpoint.copy(source, target, progress=shown)]
+        if resume:
+            from volfs import resuming
+
+            done.append(resuming.copy(source, target, journal_path=journal, progress=shown))
+        else:
+            done.append(endpoint.copy(source, target, progress=shown))
     if verify:
         # Opened anew, so that nothing cached is taken for what the storage has.
         with progress.show("verify", quiet=quiet) as shown:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from typing import IO, Protocol
 
@@ -39,6 +39,7 @@ BLOCKS_BY_KERNEL = 16  # in one copy_file_range: much to do at once, and soon ov
 NOT_BY_KERNEL = REFUSALS | {errno.EXDEV, errno.EBADF}
 
 Step = tuple[int, bool]  # this many bytes further, and whether they were data
+Written = Callable[[Piece], None]
 
 
 def copy_volume_data(
@@ -68,28 +69,68 @@ def copy_volume_data(
     Raises CopyError with the errno of the cause; its `offset` tells how many bytes had been written, or where the
     two differ. The position of the files is undefined then. Do not use the files elsewhere meanwhile.
     """
-    _check(source_file, target_file, size, block_size, verify=verify)
+    check_sides(source_file, target_file, size, block_size, verify=verify)
     start = (source_file.tell(), target_file.tell()) if verify else (0, 0)
-    offset = moved = 0
-    try:
-        with closing(_copy(source_file, target_file, size, block_size)) as steps:
-            for length, data in steps:
-                offset += length
-                moved += length if data else 0
-                if progress is not None:
-                    progress(offset)
-        make_stable(target_file)
-    except OSError as exc:
-        raise CopyError(
-            f"copy stopped at offset {offset}: {error_text(exc)}", exc.errno, offset=offset
-        ) from exc
+    moved = _run(source_file, target_file, 0, size, block_size, progress, None)
     if verify:
         source_file, target_file = uncached(source_file, start[0]), uncached(target_file, start[1])
         compare_volume_data(source_file, target_file, size, block_size=block_size)
     return moved
 
 
-def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, verify: bool) -> None:
+def copy_pieces(
+    source_file: IO[bytes],
+    target_file: IO[bytes],
+    begin: int,
+    end: int,
+    *,
+    written: Written,
+    block_size: int = BLOCK_SIZE,
+    progress: Progress | None = None,
+) -> int:
+    """Copy the bytes from `begin` to `end` of both seekable files, for a caller who has to see them.
+
+    As copy_volume_data, whose `check_sides` is the caller's to call; offsets are those of the files. Nothing is left
+    to the kernel: `written` is called in this thread with each piece that the target has taken, all of the range in
+    order, the length of it when it is zeros. What that raises ends the copy.
+    """
+    source_file.seek(begin)
+    target_file.seek(begin)
+    return _run(source_file, target_file, begin, end - begin, block_size, progress, written)
+
+
+def _run(
+    source_file: IO[bytes],
+    target_file: IO[bytes],
+    begin: int,
+    size: int,
+    block_size: int,
+    progress: Progress | None,
+    written: Written | None,
+) -> int:
+    """Copy from where the files stand, which is told as `begin`; returns how many bytes were data."""
+    offset, moved = begin, 0
+    try:
+        with closing(_copy(source_file, target_file, size, block_size, written)) as steps:
+            for length, data in steps:
+                offset += length
+                moved += length if data else 0
+                if progress is not None:
+                    progress(offset)
+        make_stable(target_file)
+    except CopyError:  # of `written`, who knows better what is the matter
+        raise
+    except OSError as exc:
+        raise CopyError(
+            f"copy stopped at offset {offset}: {error_text(exc)}", exc.errno, offset=offset
+        ) from exc
+    return moved
+
+
+def check_sides(
+    source: IO[bytes], target: IO[bytes], size: int, block_size: int = BLOCK_SIZE, *, verify: bool = False
+) -> None:
+    """Refuse what cannot be copied from where the files stand, as copy_volume_data does; may enlarge the target."""
     check_sizes(size, block_size)
     if source is target or same(source, target):
         raise VolfsError("source and target are the same volume", errno.EINVAL)
@@ -116,11 +157,11 @@ def _check(source: IO[bytes], target: IO[bytes], size: int, block_size: int, *, 
 
 
 def _copy(
-    source_file: IO[bytes], target_file: IO[bytes], size: int, block_size: int
+    source_file: IO[bytes], target_file: IO[bytes], size: int, block_size: int, written: Written | None
 ) -> Generator[Step, None, None]:
     with placed(source_file, size) as source, placed(target_file, size) as target:
         done = 0
-        if source is not None and target is not None:
+        if source is not None and target is not None and written is None:
             for step in _copy_by_kernel(source, target, size, block_size * BLOCKS_BY_KERNEL):
                 done += step[0]
                 yield step
@@ -131,7 +172,7 @@ def _copy(
             pieces = blocks_ahead(source_file, size, block_size, "source")
         with closing(pieces):
             writer = _Stream(target_file) if target is None else _Descriptor(target, done)
-            yield from _write(pieces, writer, block_size)
+            yield from _write(pieces, writer, block_size, written)
 
 
 def _copy_by_kernel(source: Place, target: Place, size: int, most: int) -> Iterator[Step]:
@@ -184,7 +225,9 @@ class _Writer(Protocol):
         """Make as much zeros; yields how much more is."""
 
 
-def _write(pieces: Generator[Piece, None, None], writer: _Writer, block_size: int) -> Iterator[Step]:
+def _write(
+    pieces: Generator[Piece, None, None], writer: _Writer, block_size: int, written: Written | None
+) -> Iterator[Step]:
     zeroes = bytes(block_size)
     for piece in pieces:
         if isinstance(piece, int):
@@ -195,6 +238,8 @@ def _write(pieces: Generator[Piece, None, None], writer: _Writer, block_size: in
             yield from ((length, False) for length in writer.zero(len(piece)))
         else:
             yield from ((length, True) for length in writer.write(piece))
+        if written is not None:
+            written(piece)
 
 
 class _Descriptor:

@@ -15,7 +15,7 @@ from volfs.api import mount_attribute, open_volume, path_error
 from volfs.backends import is_url
 from volfs.comparing import compare_volume_data
 from volfs.copying import copy_volume_data
-from volfs.descriptors import file_size
+from volfs.descriptors import file_size, uncached
 from volfs.errors import CopyError, MountError, VolfsError
 
 Shown = Callable[[int, int], None]  # bytes done, bytes in all
@@ -42,15 +42,23 @@ class Summary:
 
 @dataclass(frozen=True)
 class CopySummary(Summary):
-    """What a copy did; `data`: as many of the bytes were data, the others holes or zeros."""
+    """What a copy did; `data`: as many of the bytes were data, the others holes or zeros.
+
+    What is before `resumed_at` was done by an earlier copy, and does not count.
+    """
 
     data: int
+    resumed_at: int = 0
 
     def __str__(self) -> str:
         # Of the data alone: a terabyte of nothing is no feat.
         rate = self.data / max(self.seconds, 1e-6) / 1e6
-        text = f"{self.source} -> {self.target}: {self.size} bytes copied in {self.seconds:.1f} s ({rate:.0f} MB/s)"
-        return text if self.data == self.size else f"{text}; {self.data} of them data, the rest holes"
+        size = self.size - self.resumed_at
+        text = (
+            f"{self.source} -> {self.target}: {size} bytes copied in {self.seconds:.1f} s ({rate:.0f} MB/s)"
+        )
+        text += f", from offset {self.resumed_at} on" if self.resumed_at else ""
+        return text if self.data == size else f"{text}; {self.data} of them data, the rest holes"
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,15 @@ def copy(source: str, target: str, *, progress: Shown | None = None) -> CopySumm
     with open_endpoint(source) as from_side, open_endpoint(target, writable=True) as to_side:
         size = from_side.size
         data = copy_volume_data(from_side.file, to_side.file, size, progress=_with_total(progress, size))
-        if to_side.ordinary:
-            # What an older, longer file had behind it is not the volume's.
-            os.ftruncate(to_side.file.fileno(), size)
-            os.fsync(to_side.file.fileno())
+        cut(to_side, size)
     return CopySummary(source, target, size, time.monotonic() - start, verified=False, data=data)
+
+
+def cut(target: Endpoint, size: int) -> None:
+    """An ordinary file ends with its copy: what an older, longer one had behind that is not the volume's."""
+    if target.ordinary:
+        os.ftruncate(target.file.fileno(), size)
+        os.fsync(target.file.fileno())
 
 
 def verify(source: str, target: str, *, progress: Shown | None = None) -> Summary:
@@ -84,7 +96,9 @@ def verify(source: str, target: str, *, progress: Shown | None = None) -> Summar
             raise CopyError(
                 f"{target} has {other.size} bytes, {source} has {one.size}", errno.EILSEQ, offset=other.size
             )
-        compare_volume_data(one.file, other.file, one.size, progress=_with_total(progress, one.size))
+        # What the page cache remembers is not what the storage has, and others may keep it there.
+        files = uncached(one.file, 0), uncached(other.file, 0)
+        compare_volume_data(*files, one.size, progress=_with_total(progress, one.size))
     return Summary(source, target, one.size, time.monotonic() - start, verified=True)
 
 

@@ -1,4 +1,4 @@
-"""The directory for what lives no longer than the machine is up: control sockets, logs, the journal."""
+"""The directories for what lives until the machine goes down (sockets, logs, crash journal), or longer."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ def private_directory(path: str) -> None:
         raise ControlError(
             f"{path}: others may write there (mode {stat.S_IMODE(status.st_mode):04o})", errno.EPERM
         )
+
+
+def state_directory() -> str:
+    """The user's directory for what outlives a restart: $XDG_STATE_HOME/volfs, or where that would be."""
+    base = os.environ.get("XDG_STATE_HOME")
+    if base:
+        return os.path.join(base, "volfs")
+    return "/var/lib/volfs" if os.geteuid() == 0 else os.path.expanduser("~/.local/state/volfs")
