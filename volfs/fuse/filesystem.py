@@ -226,6 +226,10 @@ class Filesystem(Refusals):
                 raise BackendTimeout(f"{file.volume.source.url}: read: no answer in time")
             return await file.read(off, size)
 
+    async def wait_open(self) -> None:
+        """Return when a volume is open."""
+        await self._volumes.wait_changed(lambda: any(True for _ in self._volumes))
+
     def expire_reads(self) -> None:
         """Give up reads that were begun and are past their deadline."""
         for volume in self._volumes:
