@@ -71,7 +71,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(images=10_000, volumes=200, seconds=15, idle_seconds=10, copy_mib=256, rounds=3)
+FULL = Size(images=10_000, volumes=200, seconds=15, idle_seconds=10, copy_mib=128, rounds=3)
 QUICK = Size(images=500, volumes=20, seconds=2, idle_seconds=3, copy_mib=32, rounds=1)
 
 
@@ -328,7 +328,7 @@ def _list(path: Path, images: Images) -> None:
 
 def _copy(sources: Sequence[Path], targets: Sequence[Path]) -> None:
     processes = [
-        subprocess.Popen([*VOLFS, "copy", "-q", source, target])
+        subprocess.Popen([*VOLFS, "copy", "-q", source, target], stdout=subprocess.DEVNULL)
         for source, target in zip(sources, targets, strict=True)
     ]
     assert [process.wait() for process in processes] == [0] * len(processes)
