@@ -88,7 +88,8 @@ def run(quick: bool, only: str, json_path: str | None, check: bool) -> int:
                 place = Path(directory, name)
                 place.mkdir()
                 begin = time.monotonic()
-                rows += part(services, place, size)
+                with contextlib.redirect_stdout(sys.stderr):  # the logs of volfs
+                    rows += part(services, place, size)
                 print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     _show(rows)
     if json_path:
