@@ -27,6 +27,7 @@ from typing import Any
 import bench_chart
 import bench_cinder
 import bench_copy
+import bench_scale
 import bench_sparse
 import bench_subjects
 import bench_vm
@@ -103,6 +104,8 @@ def main() -> int:
         return _fail(f"{', '.join(missing)}: not installed (scripts/setup)")
     if options.copy:
         return bench_copy.run(options.jobs, options.rounds, options.size_mib, options.json, options.check)
+    if options.scale:
+        return bench_scale.run(options.quick, options.job, options.json, options.check)
     if options.sparse:
         return bench_sparse.run(options.rounds, options.size_mib, options.json, options.check)
     console = Console(width=max(Console().width, 120), highlight=False)
@@ -153,6 +156,11 @@ def _arguments() -> argparse.Namespace:
         "--copy", action="store_true", help="instead: whole volumes, against qemu-img and Cinder's own loop"
     )
     parser.add_argument(
+        "--scale",
+        action="store_true",
+        help="instead: a large pool, many open volumes, many copies, an idle daemon; --job names a part of it",
+    )
+    parser.add_argument(
         "--vm",
         action="store_true",
         help="instead: beside krbd and rbd-nbd in the guest of scripts/vm, same bytes?",
@@ -188,11 +196,12 @@ def _arguments() -> argparse.Namespace:
             setattr(options, name, quick if options.quick else full)
         elif value <= 0:
             parser.error(f"--{name.replace('_', '-')}: expected a number above 0, not {value}")
+    options.jobs = []
     if options.copy:
         options.jobs = [job for job in bench_copy.JOBS if options.job in job.name]
-    else:
+    elif not options.scale:  # which has parts, and no jobs
         options.jobs = _jobs(options)
-    if not options.jobs:
+    if not options.jobs and not options.scale:
         every = ", ".join(job.name for job in (bench_copy.JOBS if options.copy else JOBS))
         parser.error(f"--job {options.job}: expected a part of one of: {every}")
     return options

@@ -106,3 +106,15 @@ def test_copies_of_volumes_are_measured_against_qemu_img_and_the_loop_of_cinder(
         assert len(row["missed"]) == sum(
             ratio < row["floors"][name] for name, ratio in row["ratios"].items()
         ), row
+
+
+def test_scale_tells_figures_and_bars(services: Services, tmp_path: Path) -> None:
+    arguments = ("--scale", "--quick", "--job", "listing", "--json", tmp_path / "result.json")
+    done = bench(*arguments)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
+    assert rows["ls -l of 500 images, cold"]["figure"] > 0
+    assert rows["images open after it"]["met"] is True
+    assert rows["requests to the OSD for it"]["met"] is True
+    assert rows["making 500 images"]["met"] is None
+    assert all(what in done.stdout for what in rows)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -261,6 +261,13 @@ class Backend(trio.abc.AsyncResource):
         Leaves nothing behind on the storage: no watcher, no lock, no session. VolumeNotFound when there is no
         such directory.
         """
+
+    async def names_version(self, path: Sequence[str]) -> Hashable | None:
+        """Something that is another once a name in the directory `path` comes or goes, or is of another volume.
+
+        For little, whatever the directory holds; None where the storage cannot tell.
+        """
+        return None
 
     @abc.abstractmethod
     async def lookup(self, path: Sequence[str]) -> Entry:

@@ -25,12 +25,15 @@ from volfs.errors import BackendError, BackendTimeout, VolfsError, VolumeNotFoun
 from volfs.fuse import xattrs
 from volfs.fuse.handles import OpenFiles
 from volfs.fuse.refusals import Refusals
-from volfs.fuse.tree import AttachedNode, Node, Tree, VolumeNode
+from volfs.fuse.tree import LONG_AGO, AttachedNode, Node, Tree, VolumeNode
 from volfs.volume import VolumeTable
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 1.0  # seconds the kernel may believe names and attributes; an open asks again in any case
+READDIR_ENTRIES = 256  # told at once, about 3 ms: of a large directory the kernel would take thousands
+# Asked for by ls of each file. That none has any (ENODATA) tells nothing of the next file; that there are none does.
+NO_ATTRIBUTES = (b"system.", b"security.selinux")
 PREFERRED_IO = 1024 * 1024  # st_blksize: the buffer that cp, cat and Python's open() choose; a request's most
 
 
@@ -103,8 +106,11 @@ class Filesystem(Refusals):
                 stale, listing.children = listing.children, await self._tree.list(listing.parent)
                 self._tree.drop_unknown([node for _, node in stale])
             listing.begun = True
-            for position, (name, node) in enumerate(listing.children[start_id:], start_id + 1):
+            some = listing.children[start_id : start_id + READDIR_ENTRIES]
+            for position, (name, node) in enumerate(some, start_id + 1):
                 entry = self._entry(listing.parent, node)
+                if isinstance(node, VolumeNode) and node.read_at == LONG_AGO:
+                    entry.attr_timeout = 0  # written since the storage was asked
                 if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position):
                     break
                 self._tree.remember(node)
@@ -165,6 +171,8 @@ class Filesystem(Refusals):
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         with _errors("getxattr"):
+            if name.startswith(NO_ATTRIBUTES):
+                raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
             node = self._tree.node(inode)
             key = os.fsdecode(name).removeprefix(xattrs.PREFIX)
             if not name.startswith(os.fsencode(xattrs.PREFIX)) or key not in xattrs.names(node):
@@ -225,6 +233,10 @@ class Filesystem(Refusals):
             if number == errno.ETIMEDOUT:
                 raise BackendTimeout(f"{file.volume.source.url}: read: no answer in time")
             return await file.read(off, size)
+
+    async def wait_open(self) -> None:
+        """Return when a volume is open."""
+        await self._volumes.wait_changed(lambda: any(True for _ in self._volumes))
 
     def expire_reads(self) -> None:
         """Give up reads that were begun and are past their deadline."""
@@ -319,10 +331,11 @@ class Filesystem(Refusals):
             info = node.info
             attributes.st_mode = stat.S_IFREG | (mode & ~0o222 if info.read_only else mode)
             attributes.st_nlink = 1
-            attributes.st_size = node.size_told = self._size(node)
+            volume = self._volumes.get(node.backend, info.source)
+            attributes.st_size = info.size if volume is None else volume.properties.size
+            node.size_told = attributes.st_size
             # 0 for "unknown" would make tar and cp take the volume for one hole. So it is while something is on its way
             # to the backend, which may not count it yet.
-            volume = self._volumes.get(node.backend, node.info.source)
             dirty = volume is not None and volume.dirty
             if dirty:
                 attributes.attr_timeout = 0

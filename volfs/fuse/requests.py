@@ -81,5 +81,6 @@ class Requests:
 
     async def _expire(self) -> None:
         while True:
+            await self._filesystem.wait_open()  # a daemon that has nothing open is not woken
             await trio.sleep(EXPIRY_SECONDS)
             self._filesystem.expire_reads()

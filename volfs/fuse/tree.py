@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import trio
@@ -21,6 +21,8 @@ ROOT_INODE = 1
 ATTACHED = "attached"
 FRESH_SECONDS = 1.0  # how long what a backend told of a volume is believed
 LONG_AGO = float("-inf")
+SLOW_SECONDS = 0.5  # a listing that took so long is given again, for as long as it took
+AT_ONCE = 256  # entries made into nodes before others have their turn
 
 
 @dataclass(eq=False)
@@ -47,6 +49,16 @@ class DirectoryNode(Node):
 
     backend: Backend
     path: tuple[str, ...]
+    listing: Listing | None = None  # that took long
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a directory held, to be told again as long as its names have the same version, and for that long."""
+
+    version: Hashable
+    children: Children
+    until: float  # of trio's clock
 
 
 @dataclass(eq=False, kw_only=True)
@@ -76,6 +88,7 @@ class VolumeNode(Node):
 
 
 Key = tuple[Backend, Source] | tuple[Backend, tuple[str, ...]]
+Children = list[tuple[str, Node]]  # by name
 
 
 class Tree:
@@ -111,9 +124,9 @@ class Tree:
                 return self._of(parent, entry)
         raise VolumeNotFound(f"{name}: no such volume or directory")
 
-    async def list(self, parent: Node) -> list[tuple[str, Node]]:
+    async def list(self, parent: Node) -> Children:
         """The children and their names, sorted, so that positions in the listing mean something."""
-        children: list[tuple[str, Node]] = []
+        children: Children = []
         match parent:
             case RootNode():
                 children = [
@@ -125,12 +138,42 @@ class Tree:
                     (it.name, self._volume(it.backend, it.info, LONG_AGO)) for it in self._attachments
                 ]
             case DirectoryNode():
-                entries = await parent.backend.list(parent.path)
-                # One name that no file can have would spoil the listing of all.
-                children = [
-                    (entry.name, self._of(parent, entry)) for entry in entries if is_file_name(entry.name)
-                ]
+                return await self._list_directory(parent)
         return sorted(children, key=lambda child: child[0])
+
+    async def _list_directory(self, parent: DirectoryNode) -> Children:
+        """What the backend has there; or had, if it tells that names are the same and to ask it takes long.
+
+        Then sizes, times and snapshots of what this mount has not changed are as old as it took to ask for them, or
+        up to twice that: no more than half of the time goes to who lists ten thousand volumes over and over.
+        """
+        begin = trio.current_time()
+        version = await parent.backend.names_version(parent.path)
+        before = parent.listing
+        if before is not None and before.until >= begin and before.version == version:
+            return [(name, self._restored(node)) for name, node in before.children]
+        parent.listing = None
+        children: Children = []
+        for number, entry in enumerate(await parent.backend.list(parent.path), 1):
+            if is_file_name(entry.name):  # one that no file can have would spoil the listing of all
+                children.append((entry.name, self._of(parent, entry)))
+            if number % AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        children.sort(key=lambda child: child[0])
+        end = trio.current_time()
+        if version is not None and end - begin >= SLOW_SECONDS:
+            parent.listing = Listing(version, children, end + (end - begin))
+        return children
+
+    def _restored(self, node: Node) -> Node:
+        """The node, or the one that has taken its place since the kernel forgot it."""
+        if node.inode in self._nodes or (key := self._key(node)) is None:
+            return node
+        self._nodes[node.inode] = node
+        other = self._by_key.setdefault(key, node)
+        if other is not node:
+            del self._nodes[node.inode]
+        return other
 
     async def refresh(self, node: VolumeNode) -> VolumeInfo:
         """What the backend tells of the volume, no older than FRESH_SECONDS."""
