@@ -25,9 +25,8 @@ from volfs.runtime import runtime_directory
 from volfs.version import VERSION
 
 PROTOCOL = 1
-MAX_MESSAGE = (
-    1 << 18
-)  # of a request; a connection info has a few KiB, and some 100 bytes for each path to a target
+# Of a request. A connection info has a few KiB, and some 100 bytes for each path to a target.
+MAX_MESSAGE = 1 << 18
 TIMEOUT = 60.0  # seconds a client waits for a reply, unless the request is one that waits
 
 

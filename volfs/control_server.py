@@ -37,9 +37,8 @@ log = logging.getLogger(__name__)
 MAX_CLIENTS = 512
 IDLE_SECONDS = 0.25
 BACKLOG = 64  # further ones wait to be accepted
-SHORT = (
-    1 << 14
-)  # bytes of a request that every client may send at once, and of replies that the kernel keeps for it
+# Bytes of a request that every client may send at once, and of replies that the kernel keeps for it.
+SHORT = 1 << 14
 MAX_LONG = 4  # clients whose requests may be longer, up to MAX_MESSAGE, at once; the others wait for them
 REQUEST_SECONDS = 30.0  # from the first byte of a request to its last, or the client is dropped
 RETRY_SECONDS = 1.0  # to accept, when the process or the system is short of something
