@@ -20,7 +20,7 @@ from openstack import GIB, CinderError
 from services import MIB, Services
 from volumes import write_file
 
-pytestmark = pytest.mark.vm(seconds=90)
+pytestmark = pytest.mark.vm(seconds=45)
 
 SIZE = 16 * MIB
 EXTENT = 4 * MIB  # of LVM

@@ -290,7 +290,7 @@ async def stats(backend: BlockBackend) -> dict[str, VolumeInfo]:
     return {entry.name: entry for entry in await backend.list(()) if isinstance(entry, VolumeInfo)}
 
 
-@pytest.mark.vm(seconds=12)
+@pytest.mark.vm(seconds=14)
 async def test_volumes_are_active_only_while_they_are_open(group: VolumeGroup, runtime: Path) -> None:
     group.create("with-dash", 8 * MIB)
     group.create_thin("thin", 128 * MIB)

@@ -105,7 +105,8 @@ def test_ceph_runs_in_the_guest(rbd_image: Image) -> None:
     assert rbd_image.read()[MIB : MIB + 5] == b"volfs"
 
 
-@pytest.mark.vm(seconds=9)
+@pytest.mark.thorough
+@pytest.mark.vm(seconds=12)
 def test_the_kernels_ways_to_an_image_have_the_same_bytes(
     services: Services, capsys: pytest.CaptureFixture[str]
 ) -> None:
