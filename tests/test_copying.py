@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import threading
@@ -190,6 +191,39 @@ def test_fsync_is_called_and_its_error_is_the_copys(tmp_path: Path, monkeypatch:
         exc = failure(copy_volume_data, io.BytesIO(DATA), target, len(DATA))
         assert synced == [target.fileno()]
     assert (exc.errno, exc.offset) == (errno.EIO, len(DATA))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("start", [0, 4096, 1000])
+def test_blocks_of_whole_pages_go_past_the_page_cache_where_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, refused: bool
+) -> None:
+    """Into a file, at whatever offset, of whatever length; its descriptor is as it was afterwards."""
+    writes: list[tuple[int, bool]] = []
+    pwrite, fcntl_ = os.pwrite, fcntl.fcntl
+
+    def noted(number: int, data: Any, offset: int) -> int:
+        writes.append((len(data), bool(fcntl_(number, fcntl.F_GETFL) & os.O_DIRECT)))
+        return pwrite(number, data, offset)
+
+    def refusing(number: int, command: int, argument: int = 0) -> int:
+        if argument & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return fcntl_(number, command, argument)
+
+    monkeypatch.setattr(os, "pwrite", noted)
+    if refused:
+        monkeypatch.setattr(fcntl, "fcntl", refusing)
+    path = tmp_path / "file"
+    path.write_bytes(b"-" * (start + len(DATA) + 10))
+    with path.open("r+b") as file:
+        flags = fcntl_(file, fcntl.F_GETFL)
+        file.seek(start)
+        copy_volume_data(io.BytesIO(DATA), file, len(DATA), block_size=MIB // 2)
+        assert fcntl_(file, fcntl.F_GETFL) == flags
+    assert path.read_bytes() == b"-" * start + DATA + b"-" * 10
+    direct = not refused and start % 4096 == 0
+    assert writes == [(MIB // 2, direct), (MIB // 2, direct), (len(DATA) - MIB, False)]
 
 
 def test_between_pipes() -> None:

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, suppress
-from typing import IO, Protocol
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import IO
 
 from volfs.comparing import BLOCK_SIZE, Progress, check_sizes, compare_volume_data
 from volfs.descriptors import (
     Place,
     appends,
     can,
-    descriptor,
     file_size,
     is_stream,
     is_volume,
@@ -31,7 +30,8 @@ from volfs.descriptors import (
 )
 from volfs.errors import CopyError, VolfsError, error_text
 from volfs.extents import KEEP_SIZE, PUNCH_HOLE, REFUSALS, Zeroer, extents, fallocate
-from volfs.reading import Piece, blocks_ahead, pieces_at, would_block
+from volfs.reading import Piece, blocks_ahead, pieces_at
+from volfs.writing import DescriptorWriter, StreamWriter, Writer
 
 BLOCKS_BY_KERNEL = 16  # in one copy_file_range: much to do at once, and soon over, so that progress is seen
 
@@ -170,8 +170,8 @@ def _copy(
             pieces = pieces_at(source, rest, block_size, "source")
         else:
             pieces = blocks_ahead(source_file, size, block_size, "source")
+        writer: Writer = StreamWriter(target_file) if target is None else DescriptorWriter(target, done)
         with closing(pieces):
-            writer = _Stream(target_file) if target is None else _Descriptor(target, done)
             yield from _write(pieces, writer, block_size, written)
 
 
@@ -217,16 +217,8 @@ def _copies_by_itself(number: int) -> bool:
     return True
 
 
-class _Writer(Protocol):
-    def write(self, block: bytes) -> Iterator[int]:
-        """Write all of it; yields how much each call has written."""
-
-    def zero(self, length: int) -> Iterable[int]:
-        """Make as much zeros; yields how much more is."""
-
-
 def _write(
-    pieces: Generator[Piece, None, None], writer: _Writer, block_size: int, written: Written | None
+    pieces: Generator[Piece, None, None], writer: Writer, block_size: int, written: Written | None
 ) -> Iterator[Step]:
     zeroes = bytes(block_size)
     for piece in pieces:
@@ -240,68 +232,3 @@ def _write(
             yield from ((length, True) for length in writer.write(piece))
         if written is not None:
             written(piece)
-
-
-class _Descriptor:
-    """Writes at offsets of a descriptor, one behind the other."""
-
-    def __init__(self, place: Place, done: int) -> None:
-        self._number = place.number
-        self._offset = place.start + done
-        self._zeroer = Zeroer(place.number)
-
-    def write(self, block: bytes) -> Iterator[int]:
-        rest = memoryview(block)
-        while rest:
-            written = os.pwrite(self._number, rest, self._offset)
-            if not written:
-                raise _takes_nothing()
-            _write_back(self._number, self._offset, written)
-            self._offset += written
-            yield written
-            rest = rest[written:]
-
-    def zero(self, length: int) -> Iterator[int]:
-        begin, self._offset = self._offset, self._offset + length
-        return self._zeroer.zero(begin, begin + length)
-
-
-def _write_back(number: int, offset: int, length: int) -> None:
-    """Have the kernel begin to, and not wait with all of it until it is made stable at the end.
-
-    That is what the advice does to pages that are dirty; there is no call for just this but Linux's sync_file_range,
-    which Python does not have.
-    """
-    with suppress(OSError):  # of what is no file
-        os.posix_fadvise(number, offset, length, os.POSIX_FADV_DONTNEED)
-
-
-class _Stream:
-    """Writes by the methods of a file object, holes as well: what it holds there, nobody knows."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def write(self, block: bytes) -> Iterator[int]:
-        rest: bytes | memoryview = block  # RBDVolumeIOWrapper takes nothing but bytes
-        while rest:
-            written: int | None = self._file.write(rest)
-            if written is None:
-                # RBDVolumeIOWrapper has written all, a non-blocking raw file nothing.
-                number = descriptor(self._file)
-                if number is not None and not os.get_blocking(number):
-                    raise would_block()
-                written = len(rest)
-            if not written:
-                raise _takes_nothing()
-            yield written
-            rest = memoryview(rest)[written:]
-
-    def zero(self, length: int) -> Iterator[int]:
-        block = bytes(min(length, BLOCK_SIZE))
-        for offset in range(0, length, len(block)):
-            yield from self.write(block[: length - offset])
-
-
-def _takes_nothing() -> OSError:
-    return OSError(errno.EIO, "the target takes no bytes, and tells no error")
