@@ -19,12 +19,15 @@ from volfs.fuse.requests import Requests
 
 
 class NoFilesystem:
-    """Nothing is asked of it here."""
+    """Nothing is open."""
 
     def start_read(self, *_: object) -> bool:
         return False
 
     start_write = start_read
+
+    async def wait_open(self) -> None:
+        await trio.sleep_forever()
 
 
 async def test_a_read_that_fails_when_the_last_task_has_ended_is_dropped(
