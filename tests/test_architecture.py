@@ -30,6 +30,7 @@ LAYERS = """
     volfs.catalog volfs.daemon volfs.endpoint
     volfs
     volfs.api volfs.copying volfs.copy_journal
+    volfs.writing
     volfs.comparing volfs.block_sums
     volfs.reading
     volfs.descriptors
