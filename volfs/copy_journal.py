@@ -37,7 +37,7 @@ import stat
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -121,10 +121,8 @@ class Journal:
             self._crc = zlib.crc32(text, self._crc)
             line = _stable_line(done, self._crc)
             self._crc = zlib.crc32(line, self._crc)
-            if status.st_size != self._end:
-                os.ftruncate(
-                    self._number, self._end
-                )  # what a copy that was killed had left behind the last line
+            if status.st_size != self._end:  # a copy that was killed has left something behind the last line
+                os.ftruncate(self._number, self._end)
             _write(self._number, text + line, self._end)
             os.fdatasync(self._number)
         self._end += len(text) + len(line)
@@ -171,17 +169,14 @@ def find(path: str) -> Journal | None:
                 number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except FileNotFoundError:
                 return None
-            taken = False
-            try:
+            with ExitStack() as undo:
+                undo.callback(os.close, number)
                 _check_private(path, os.fstat(number))
                 _lock(path, number)
                 if os.fstat(number).st_nlink:  # else its copy ended just now, and removed it
                     journal = Journal(path, number)
-                    taken = True
+                    undo.pop_all()
                     return journal
-            finally:
-                if not taken:
-                    os.close(number)
 
 
 def begin(path: str, header: Header) -> Journal:
@@ -189,13 +184,13 @@ def begin(path: str, header: Header) -> Journal:
     new = f"{path}.{uuid.uuid4().hex[:8]}.new"
     with _named(path):
         number = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        taken = False
-        try:
-            _lock(path, number)
-            text = header.encode()
-            _write(number, text + _stable_line(0, zlib.crc32(text)), 0)
-            os.fsync(number)
+        with ExitStack() as undo:
+            undo.callback(os.close, number)
             try:
+                _lock(path, number)
+                text = header.encode()
+                _write(number, text + _stable_line(0, zlib.crc32(text)), 0)
+                os.fsync(number)
                 os.link(new, path)  # unlike rename, for one of two that begin at once
             except FileExistsError as exc:
                 raise _busy(path) from exc
@@ -203,13 +198,8 @@ def begin(path: str, header: Header) -> Journal:
                 os.unlink(new)
             _sync_directory(path)
             journal = Journal(path, number)
-            taken = True
+            undo.pop_all()
             return journal
-        finally:
-            if not taken:
-                os.close(number)
-                with suppress(OSError):
-                    os.unlink(new)
 
 
 def _check_private(path: str, status: os.stat_result) -> None:

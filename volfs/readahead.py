@@ -27,9 +27,8 @@ FRESH_SECONDS = 1.0
 PIECE = 128 * 1024  # the least that is read at once; smaller requests are served from one such piece
 PIECES = 8  # at most under way or waiting
 STREAM = 4  # reads in a row, each beginning where the one before ended, that make a stream
-REACH = (
-    32 * 1024 * 1024
-)  # bytes: how far behind a hole data is read ahead, so that it is not too old when its turn comes
+# Bytes: how far behind a hole data is read ahead, so that it is not too old when its turn comes.
+REACH = 32 * 1024 * 1024
 PATIENCE = 64  # reads in a row before another attempt, where what was read ahead was too old to be used
 
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]

@@ -272,9 +272,8 @@ class _Notes:
                     blocks = []
         except BaseException as exc:
             self._failure = exc
-            while (
-                self._queue.get() is not _Mark.END
-            ):  # who writes shall not wait for room, but find the failure
+            # Who writes shall not wait for room, but find the failure.
+            while self._queue.get() is not _Mark.END:
                 pass
 
 
