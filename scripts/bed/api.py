@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from bed.configuration import BACKENDS
+from bed.storage import Failure
 
 REGION = "RegionOne"
+ANSWER_SECONDS = 60
 
 
 def is_served(url: str) -> bool:
@@ -43,9 +45,12 @@ class Api:
             headers["X-Auth-Token"] = self._token
         request = urllib.request.Request(url, data, headers, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as answer:
-            text = answer.read()
-            return json.loads(text) if text else None, answer.headers
+        try:
+            with opener.open(request, timeout=ANSWER_SECONDS) as answer:
+                text = answer.read()
+                return json.loads(text) if text else None, answer.headers
+        except TimeoutError:
+            raise Failure(f"{method} {url}: no answer within {ANSWER_SECONDS} s") from None
 
     def log_in(self) -> None:
         domain = {"id": "default"}
